@@ -1,0 +1,49 @@
+#include <climits>
+
+#include "common/cuda.h"
+#include "common/finite.h"
+
+namespace fastclust::finite::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarpsPerBlock = 8;
+
+/// One warp per row; result[0] counts the bad rows, result[1] is the first of them.
+template <class T>
+__global__ void scan_rows(const T* x, int64_t rows, int64_t width, unsigned long long* result) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t stride = int64_t(gridDim.x) * kWarpsPerBlock;
+    for (int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; row < rows; row += stride) {
+        T sum = 0;
+        for (int64_t i = lane; i < width; i += kWarp) sum += x[row * width + i] * T(0);
+        if (__any_sync(0xffffffffu, !(sum == T(0))) && lane == 0) {
+            atomicAdd(&result[0], 1ULL);
+            atomicMin(&result[1], static_cast<unsigned long long>(row));
+        }
+    }
+}
+
+template <class T>
+BadRows scan(const T* x, int64_t rows, int64_t width, const Context& context) {
+    constexpr int64_t kMaxBlocks = 4096;
+    const auto stream = static_cast<cudaStream_t>(context.stream);
+    unsigned long long host[2] = {0, ULLONG_MAX};
+    auto* result = context.scratch<unsigned long long>(2);
+    fastclust::cuda::check(cudaMemcpyAsync(result, host, sizeof host, cudaMemcpyHostToDevice, stream), "scan_rows");
+    const int64_t blocks = (rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
+    fastclust::cuda::launch("scan_rows", scan_rows<T>, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
+                            dim3(kWarp * kWarpsPerBlock), 0, context.stream, x, rows, width, result);
+    fastclust::cuda::check(cudaMemcpyAsync(host, result, sizeof host, cudaMemcpyDeviceToHost, stream), "scan_rows");
+    fastclust::cuda::check(cudaStreamSynchronize(stream), "scan_rows");
+    return {static_cast<int64_t>(host[0]), host[0] == 0 ? -1 : static_cast<int64_t>(host[1])};
+}
+
+template <class T>
+constexpr Kernels<T> kTable{scan<T>};
+
+}  // namespace
+
+FASTCLUST_DEFINE_KERNELS
+
+}  // namespace fastclust::finite::cuda

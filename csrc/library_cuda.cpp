@@ -1,0 +1,34 @@
+// The CUDA library: loading it hands its kernels and torch's current stream to the ops library.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <stdexcept>
+
+#include "common/finite.h"
+#include "common/tensor.h"
+#include "kmeans/kmeans.h"
+
+namespace fastclust {
+namespace {
+
+void* current_stream(int32_t device_index) {
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(device_index, &stream) != AOTI_TORCH_SUCCESS)
+        throw std::runtime_error("fastclust: torch gave no current CUDA stream");
+    return stream;
+}
+
+template <class T>
+void offer_kernels() {
+    finite::cuda_kernels<T>() = &finite::cuda::kernels<T>();
+    kmeans::cuda_kernels<T>() = &kmeans::cuda::kernels<T>();
+}
+
+const bool loaded = [] {
+    set_current_stream(current_stream);
+    offer_kernels<float>();
+    offer_kernels<double>();
+    return true;
+}();
+
+}  // namespace
+}  // namespace fastclust

@@ -1,0 +1,1 @@
+from ._config import show_config as show_config
