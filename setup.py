@@ -30,7 +30,9 @@ def cuda_options(torch) -> list[str]:
     if wanted == "ON" and nvcc is None:
         raise BuildError("FASTCLUST_CUDA=ON, but there is no nvcc: put it on PATH or set CUDACXX")
     if wanted == "OFF" or torch.cuda is None or nvcc is None:
-        reason = "FASTCLUST_CUDA=OFF" if wanted == "OFF" else "torch is a CPU build" if torch.cuda is None else "no nvcc"
+        reason = (
+            "FASTCLUST_CUDA=OFF" if wanted == "OFF" else "torch is a CPU build" if torch.cuda is None else "no nvcc"
+        )
         print(f"fastclust: building for the CPU alone ({reason})", flush=True)
         return ["-DFASTCLUST_CUDA=OFF"]
     architectures = cuda_architectures(nvcc)

@@ -35,7 +35,13 @@ def _torch_in(folder: Path) -> Torch | None:
         return None
     names: dict[str, str | None] = {}
     for node in ast.parse(version_file.read_text()).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        target = (
+            node.target
+            if isinstance(node, ast.AnnAssign)
+            else node.targets[0]
+            if isinstance(node, ast.Assign)
+            else None
+        )
         if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant):
             names[target.id] = node.value.value
     return Torch(folder, str(names.get("__version__")), names.get("cuda"))

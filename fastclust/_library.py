@@ -61,7 +61,9 @@ def load() -> ModuleType:
     try:
         module = _import(current[0])
     except ImportError as error:
-        raise ImportError(f"{current[0]} does not load with torch {torch.__version__} ({error}): {BUILD_HINT}") from error
+        raise ImportError(
+            f"{current[0]} does not load with torch {torch.__version__} ({error}): {BUILD_HINT}"
+        ) from error
     cuda = current[0].parent / "libfastclust_cuda.so"
     if torch.version.cuda is not None and cuda.is_file():
         torch.ops.load_library(str(cuda))
