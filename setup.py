@@ -1,6 +1,6 @@
-"""Builds fastclust._C, libfastclust and, where nvcc is found, libfastclust_cuda through CMake. All else is in pyproject.toml.
+"""Builds fastclust._C, libfastclust and, where nvcc is found, libfastclust_cuda. All else is in pyproject.toml.
 
-Environment: FASTCLUST_CUDA=AUTO|ON|OFF, FASTCLUST_CUDA_ARCHITECTURES="90a;100", FASTCLUST_TORCH_DIR, CMAKE_BUILD_PARALLEL_LEVEL.
+Environment: FASTCLUST_CUDA=AUTO|ON|OFF, FASTCLUST_CUDA_ARCHITECTURES="90a;100", FASTCLUST_TORCH_DIR, and CMake's own.
 """
 
 import os

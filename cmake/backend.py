@@ -1,7 +1,7 @@
 """The PEP 517 backend: setuptools, plus what a build needs that only the target environment can tell.
 
-`pip install .` compiles against the torch that is already installed and asks PyPI for one only where there is none; a CUDA
-torch without nvcc gets NVIDIA's compiler wheels in the build environment.
+`pip install .` compiles against the torch that is already installed and asks PyPI for one only where there is none; a
+CUDA torch without nvcc gets NVIDIA's compiler wheels in the build environment.
 """
 
 import shutil

@@ -24,7 +24,7 @@ def show_config() -> None:
     """Prints versions, devices, the CPU capability in use and the CUDA architectures built."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
-        "fastclust": f"{C.VERSION} in {Path(C.__file__).parent}",
+        "fastclust": f"{C.VERSION} in {Path(str(C.__file__)).parent}",
         "built with": f"{C.COMPILER}, torch {C.TORCH_VERSION}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

@@ -66,7 +66,7 @@ def load() -> ModuleType:
         ) from error
     cuda = current[0].parent / "libfastclust_cuda.so"
     if torch.version.cuda is not None and cuda.is_file():
-        torch.ops.load_library(str(cuda))
+        torch.ops.load_library(str(cuda))  # type: ignore[no-untyped-call]
     return module
 
 

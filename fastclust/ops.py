@@ -1,7 +1,7 @@
 """Typed wrappers over `torch.ops.fastclust`: one function per op of csrc/library.cpp, with the shapes stated there.
 
-Half-precision inputs are computed and returned in float32. An op's complaint about its input is raised as ValueError. Beside
-each wrapper stands what torch must know of the op: its fake kernel (shapes, for torch.compile) and its gradient.
+Half-precision inputs are computed and returned in float32. An op's complaint about its input is raised as ValueError.
+Beside each wrapper stands what torch must know of the op: its fake kernel (shapes, for torch.compile) and its gradient.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _call(op: Callable[..., Any], *args: object) -> Any:
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------- k-means
+# -------------------------------------------------------------------------------------------------------------- k-means
 
 
 def kmeans_lloyd(
@@ -107,7 +107,7 @@ def _(x, centroids, exact):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2])
 
 
-# ---------------------------------------------------------------------------------------------------------- kNN and graph
+# -------------------------------------------------------------------------------------------------------- kNN and graph
 
 
 def knn(x: Tensor, queries: Tensor | None, k: int, metric: str, exact: bool) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _(similarities, indices, power, symmetrize):  # type: ignore[no-untyped-def]
     return indices.new_empty((similarities.shape[0] + 1,)), col, similarities.new_empty((edges,))
 
 
-# -------------------------------------------------------------------------------------------------------------- diffusion
+# ------------------------------------------------------------------------------------------------------------ diffusion
 
 
 def diffuse(
@@ -152,7 +152,7 @@ def _(crow, col, weights, y, alpha, tol, max_iter):  # type: ignore[no-untyped-d
     return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty(columns), crow.new_empty(columns)
 
 
-# -------------------------------------------------------------------------------------------------------- soft assignment
+# ------------------------------------------------------------------------------------------------------ soft assignment
 
 
 def soft_assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _soft_assign_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 torch.library.register_autograd("fastclust::soft_assign", _soft_assign_backward, setup_context=_soft_assign_setup)
 
 
-# ------------------------------------------------------------------------------------------------------------ pairwise KL
+# ---------------------------------------------------------------------------------------------------------- pairwise KL
 
 
 def pairwise_kl(log_p: Tensor, labels: Tensor, margin: float, detach_target: bool) -> tuple[Tensor, Tensor]:
