@@ -5,6 +5,7 @@ CUDA torch without nvcc gets NVIDIA's compiler wheels in the build environment.
 """
 
 import shutil
+from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the backend's hooks
@@ -20,5 +21,6 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    shutil.rmtree("build/lib", ignore_errors=True)  # setuptools would pack files that the source no longer has
+    for packed in Path("build").glob("lib*"):  # setuptools would pack files that the source no longer has
+        shutil.rmtree(packed)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
