@@ -48,7 +48,7 @@ def _torch_in(folder: Path) -> Torch | None:
 
 
 def find_torch() -> Torch | None:
-    """FASTCLUST_TORCH_DIR, else the target environment's (pip's isolation hides it from import), else what imports here."""
+    """FASTCLUST_TORCH_DIR, else the target environment's (pip's isolation hides it), else what imports here."""
     if chosen := os.environ.get("FASTCLUST_TORCH_DIR"):
         if torch := _torch_in(Path(chosen)):
             return torch
