@@ -1,4 +1,11 @@
 """The public names of fastclust, nothing else."""
 
+from . import metrics as metrics
 from . import ops as ops
 from ._config import show_config as show_config
+from ._diffusion import DiffusionResult as DiffusionResult
+from ._diffusion import PseudoLabels as PseudoLabels
+from ._diffusion import diffuse as diffuse
+from ._diffusion import propagate_labels as propagate_labels
+from ._pairwise import pairwise_kl as pairwise_kl
+from ._pairwise import soft_assign as soft_assign

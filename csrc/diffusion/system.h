@@ -1,0 +1,99 @@
+// The matrix of the solve on the CPU: I - alpha S with its rows re-ordered for locality, 32-bit columns and scaled values.
+// Included by diffusion_cpu.cpp alone.
+#pragma once
+
+#include <cmath>
+
+#include "common/parallel.h"
+#include "diffusion/diffusion.h"
+
+namespace fastclust::diffusion::FASTCLUST_CAPABILITY {
+namespace {
+
+/// A place is a row's position in the solve.
+template <class T>
+struct System {
+    int64_t n;
+    const int32_t* order;  // (N) the graph's row at each place
+    const int64_t* start;  // (N + 1) where the entries of each place begin
+    const int32_t* col;    // (E) places
+    const T* value;        // (E) alpha s_ij
+    int64_t blocks;
+    const int32_t* block;  // (blocks + 1) first places of blocks of about equal work; the sums are split along them
+};
+
+/// Rows in breadth-first order, begun anew every kPiece rows: the neighbours of a piece's rows are mostly its own, so the
+/// product finds them in the cache.
+template <class T>
+void order_rows(const Graph<T>& graph, int32_t* order, int32_t* place) {
+    constexpr int64_t kPiece = 2048;
+    for (int64_t row = 0; row < graph.n; ++row) place[row] = -1;
+    int64_t count = 0;
+    for (int64_t seed = 0; seed < graph.n; ++seed) {
+        if (place[seed] >= 0) continue;
+        const int64_t first = count;
+        place[seed] = static_cast<int32_t>(count);
+        order[count++] = static_cast<int32_t>(seed);
+        for (int64_t head = first; head < count && count - first < kPiece; ++head) {
+            for (int64_t e = graph.crow[order[head]]; e < graph.crow[order[head] + 1]; ++e) {
+                const int64_t row = graph.col[e];
+                if (place[row] >= 0) continue;
+                place[row] = static_cast<int32_t>(count);
+                order[count++] = static_cast<int32_t>(row);
+            }
+        }
+    }
+}
+
+/// Cuts the places into blocks of about kWork entries.
+template <class T>
+void cut_blocks(System<T>& system, const Context& context) {
+    constexpr int64_t kWork = 8192, kRowWork = 16;
+    const auto work_before = [&](int64_t place) { return system.start[place] + kRowWork * place; };
+    system.blocks = work_before(system.n) / kWork + 1;
+    int32_t* block = context.scratch<int32_t>(system.blocks + 1);
+    int64_t place = 0;
+    for (int64_t b = 0; b < system.blocks; ++b) {
+        while (place < system.n && work_before(place) < b * kWork) ++place;
+        block[b] = static_cast<int32_t>(place);
+    }
+    block[system.blocks] = static_cast<int32_t>(system.n);
+    system.block = block;
+}
+
+template <class T>
+System<T> build_system(const Graph<T>& graph, double alpha, const Context& context) {
+    const int64_t n = graph.n;
+    auto* order = context.scratch<int32_t>(n);
+    auto* place_of = context.scratch<int32_t>(n);
+    auto* start = context.scratch<int64_t>(n + 1);
+    auto* col = context.scratch<int32_t>(graph.edges);
+    auto* value = context.scratch<T>(graph.edges);
+    auto* scale = context.scratch<double>(n);  // d^-1/2, 1 where the degree is 0
+    order_rows(graph, order, place_of);
+    start[0] = 0;
+    for (int64_t p = 0; p < n; ++p) start[p + 1] = start[p] + graph.crow[order[p] + 1] - graph.crow[order[p]];
+    System<T> system{n, order, start, col, value, 0, nullptr};
+    cut_blocks(system, context);
+    parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            double degree = 0;
+            for (int64_t e = graph.crow[row]; e < graph.crow[row + 1]; ++e) degree += static_cast<double>(graph.weights[e]);
+            scale[row] = degree > 0 ? 1 / __builtin_sqrt(degree) : 1;
+        }
+    });
+    parallel_for(0, system.blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = system.block[begin]; p < system.block[end]; ++p) {
+            const int64_t row = order[p], from = graph.crow[row] - start[p];
+            for (int64_t e = start[p]; e < start[p + 1]; ++e) {
+                const int64_t neighbour = graph.col[from + e];
+                col[e] = place_of[neighbour];
+                value[e] = static_cast<T>(alpha * scale[row] * static_cast<double>(graph.weights[from + e]) * scale[neighbour]);
+            }
+        }
+    });
+    return system;
+}
+
+}  // namespace
+}  // namespace fastclust::diffusion::FASTCLUST_CAPABILITY

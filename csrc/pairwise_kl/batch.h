@@ -1,0 +1,112 @@
+// The batch as the pairwise loops on the CPU want it: rows sorted by label, probabilities beside log-probabilities, padded to
+// whole vectors and blocks. Included by pairwise_kl_cpu.cpp alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/parallel.h"
+#include "pairwise_kl/pairwise_kl.h"
+
+namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
+namespace {
+
+#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+constexpr int kVectorBytes = 64, kRows = 8;
+#elif FASTCLUST_CAPABILITY_avx2
+constexpr int kVectorBytes = 32, kRows = 4;
+#else
+constexpr int kVectorBytes = 16, kRows = 4;
+#endif
+
+constexpr int kBlock = 64;  // rows of a tile, and its columns
+
+/// Vectors of T, and of the integers of its size that comparisons give.
+template <class T>
+struct Simd {
+    static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+    typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
+};
+
+/// Stands for log 0: the product with any probability that counts passes every margin, and with 0 is 0.
+template <class T>
+constexpr T kLogZero = T(-1e35);
+
+struct Entry {
+    int64_t label, row;
+    bool operator<(const Entry& other) const { return label != other.label ? label < other.label : row < other.row; }
+};
+
+template <class T>
+struct Sorted {
+    int64_t b;         // rows in some pair
+    int64_t blocks;    // of kBlock rows
+    int64_t k, width;  // K, and K rounded up to whole vectors
+    int64_t padded;    // blocks * kBlock
+    Entry* entry;      // (B) label and row, ascending
+    T* p;              // (padded, width) zeros beyond B and K
+    T* log_p;          // (padded, width) zeros beyond B and K
+    T* transposed;     // (K, padded) log_p
+    T* entropy;        // (padded) sum_k p log p; beyond B so large that no pair counts
+    T* limit;          // (padded) the margin; beyond B so small that no pair counts
+    int32_t* group;    // (padded) equal where labels are equal
+    int64_t groups;
+    int64_t* first;  // (groups + 1) first row of each group
+};
+
+template <class T>
+void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
+    const T* from = batch.log_p + s.entry[i].row * s.k;
+    T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, sum = 0;
+    for (int64_t c = 0; c < s.k; ++c) {
+        log_p[c] = from[c] > kLogZero<T> ? from[c] : kLogZero<T>;
+        p[c] = std::exp(log_p[c]);
+        sum += p[c] * log_p[c];
+        s.transposed[c * s.padded + i] = log_p[c];
+    }
+    for (int64_t c = s.k; c < s.width; ++c) p[c] = log_p[c] = 0;
+    s.entropy[i] = sum;
+    s.limit[i] = batch.margin;
+}
+
+template <class T>
+void fill_padding(const Sorted<T>& s, int64_t i) {
+    for (int64_t c = 0; c < s.width; ++c) s.p[i * s.width + c] = s.log_p[i * s.width + c] = 0;
+    for (int64_t c = 0; c < s.k; ++c) s.transposed[c * s.padded + i] = 0;
+    s.entropy[i] = -kLogZero<T>;
+    s.limit[i] = kLogZero<T>;
+    s.group[i] = -1;
+}
+
+template <class T>
+Sorted<T> sort_by_label(const Batch<T>& batch, const Context& context) {
+    Sorted<T> s{};
+    s.entry = context.scratch<Entry>(batch.b);
+    for (int64_t row = 0; row < batch.b; ++row)
+        if (batch.labels[row] >= 0) s.entry[s.b++] = {batch.labels[row], row};
+    std::sort(s.entry, s.entry + s.b);
+    s.blocks = (s.b + kBlock - 1) / kBlock;
+    s.padded = s.blocks * kBlock;
+    s.k = batch.k;
+    s.width = (s.k + Simd<T>::kLanes - 1) / Simd<T>::kLanes * Simd<T>::kLanes;
+    s.p = context.scratch<T>(s.padded * s.width);
+    s.log_p = context.scratch<T>(s.padded * s.width);
+    s.transposed = context.scratch<T>(s.padded * s.k);
+    s.entropy = context.scratch<T>(s.padded);
+    s.limit = context.scratch<T>(s.padded);
+    s.group = context.scratch<int32_t>(s.padded);
+    s.first = context.scratch<int64_t>(s.b + 1);
+    for (int64_t i = 0; i < s.b; ++i) {
+        if (i == 0 || s.entry[i].label != s.entry[i - 1].label) s.first[s.groups++] = i;
+        s.group[i] = static_cast<int32_t>(s.groups - 1);
+    }
+    s.first[s.groups] = s.b;
+    parallel_for(0, s.b, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) fill_row(batch, s, i);
+    });
+    for (int64_t i = s.b; i < s.padded; ++i) fill_padding(s, i);
+    return s;
+}
+
+}  // namespace
+}  // namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY
