@@ -15,7 +15,8 @@ struct BadRows {
 
 template <class T>
 struct Kernels {
-    /// x (rows, width), row-major. Waits for the device: its answer decides whether the op goes on.
+    /// x (rows, width), row-major. Waits for the device: its answer decides whether the op goes on. While a CUDA graph is
+    /// captured nothing may wait, so there the rows go unchecked.
     BadRows (*scan)(const T* x, int64_t rows, int64_t width, const Context& context);
 };
 

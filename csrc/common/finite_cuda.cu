@@ -6,7 +6,10 @@
 namespace fastclust::finite::cuda {
 namespace {
 
-constexpr int kWarp = 32;
+using fastclust::cuda::check;
+using fastclust::cuda::kAllLanes;
+using fastclust::cuda::kWarp;
+
 constexpr int kWarpsPerBlock = 8;
 
 /// One warp per row; result[0] counts the bad rows, result[1] is the first of them.
@@ -17,7 +20,7 @@ __global__ void scan_rows(const T* x, int64_t rows, int64_t width, unsigned long
     for (int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; row < rows; row += stride) {
         T sum = 0;
         for (int64_t i = lane; i < width; i += kWarp) sum += x[row * width + i] * T(0);
-        if (__any_sync(0xffffffffu, !(sum == T(0))) && lane == 0) {
+        if (__any_sync(kAllLanes, !(sum == T(0))) && lane == 0) {
             atomicAdd(&result[0], 1ULL);
             atomicMin(&result[1], static_cast<unsigned long long>(row));
         }
@@ -26,16 +29,16 @@ __global__ void scan_rows(const T* x, int64_t rows, int64_t width, unsigned long
 
 template <class T>
 BadRows scan(const T* x, int64_t rows, int64_t width, const Context& context) {
-    constexpr int64_t kMaxBlocks = 4096;
+    if (fastclust::cuda::is_capturing(context.stream)) return {};
     const auto stream = static_cast<cudaStream_t>(context.stream);
     unsigned long long host[2] = {0, ULLONG_MAX};
     auto* result = context.scratch<unsigned long long>(2);
-    fastclust::cuda::check(cudaMemcpyAsync(result, host, sizeof host, cudaMemcpyHostToDevice, stream), "scan_rows");
-    const int64_t blocks = (rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    fastclust::cuda::launch("scan_rows", scan_rows<T>, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
+    check(cudaMemcpyAsync(result, host, sizeof host, cudaMemcpyHostToDevice, stream), "scan_rows");
+    fastclust::cuda::launch("scan_rows", scan_rows<T>,
+                            fastclust::cuda::grid_of(fastclust::cuda::ceil_div(rows, kWarpsPerBlock)),
                             dim3(kWarp * kWarpsPerBlock), 0, context.stream, x, rows, width, result);
-    fastclust::cuda::check(cudaMemcpyAsync(host, result, sizeof host, cudaMemcpyDeviceToHost, stream), "scan_rows");
-    fastclust::cuda::check(cudaStreamSynchronize(stream), "scan_rows");
+    check(cudaMemcpyAsync(host, result, sizeof host, cudaMemcpyDeviceToHost, stream), "scan_rows");
+    check(cudaStreamSynchronize(stream), "scan_rows");
     return {static_cast<int64_t>(host[0]), host[0] == 0 ? -1 : static_cast<int64_t>(host[1])};
 }
 

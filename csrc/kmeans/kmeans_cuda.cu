@@ -1,41 +1,115 @@
-#include "common/cuda.h"
-#include "kmeans/kmeans.h"
+#include <cmath>
+
+#include "common/tile_cuda.h"
+#include "kmeans/kmeans_cuda.h"
 
 namespace fastclust::kmeans::cuda {
 namespace {
 
+using fastclust::cuda::ceil_div;
+using fastclust::cuda::grid_of;
+using fastclust::cuda::kAllLanes;
+using fastclust::cuda::kWarp;
+using fastclust::cuda::launch;
+
 template <class T>
-__global__ void assign_rows(Assign<T> a) {
-    const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-    for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < a.batch * a.n; row += stride) {
-        const T* x = a.x + row * a.d;
-        const T* centroids = a.centroids + row / a.n * a.k * a.d;
-        T best = 0;
-        int64_t label = 0;
-        for (int64_t k = 0; k < a.k; ++k) {
-            T distance = 0;
-            for (int64_t j = 0; j < a.d; ++j) distance += (x[j] - centroids[k * a.d + j]) * (x[j] - centroids[k * a.d + j]);
-            if (k == 0 || distance < best) {
-                best = distance;
-                label = k;
+using Tile = fastclust::cuda::PairTile<T, fastclust::cuda::SquaredDifference>;
+
+template <class T>
+struct AssignShared {
+    typename Tile<T>::Shared tile;
+    int changed;
+};
+
+template <class T>
+struct Nearest {
+    T distance;
+    int64_t label;
+
+    /// The nearer of both, of equals the lower label: every order of comparing gives the same.
+    __device__ void take(T other_distance, int64_t other_label) {
+        if (other_distance < distance || (other_distance == distance && other_label < label)) {
+            distance = other_distance;
+            label = other_label;
+        }
+    }
+};
+
+/// One block per 64 rows of a group; |x - c|^2 itself is summed, so nothing cancels and there is nothing to certify.
+template <class T>
+__global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> a) {
+    constexpr int kSide = Tile<T>::kSide;
+    auto& shared = *fastclust::cuda::shared_memory<AssignShared<T>>();
+    const int64_t tiles = ceil_div(a.n, Tile<T>::kRows);
+    for (int64_t tile = blockIdx.x; tile < a.groups * tiles; tile += gridDim.x) {
+        const int64_t g = tile / tiles, start = tile % tiles * Tile<T>::kRows, b = g / a.restarts;
+        if (a.group != nullptr && a.group[g].phase != a.phase) continue;
+        const T* x = a.x + b * a.n * a.d;
+        const T* centroids = a.centroids + g * a.k * a.d;
+        Nearest<T> nearest[kSide];
+        for (auto& best : nearest) best = {static_cast<T>(INFINITY), a.k};
+        for (int64_t first = 0; first < a.k; first += Tile<T>::kCols) {
+            T distance[kSide][kSide];
+            Tile<T>::run([&](int i) { return start + i < a.n ? x + (start + i) * a.d : nullptr; },
+                         [&](int j) { return first + j < a.k ? centroids + (first + j) * a.d : nullptr; }, a.d, shared.tile,
+                         distance);
+            for (int j = 0; j < kSide; ++j) {
+                const int64_t label = first + Tile<T>::first_col() + j;
+                if (label >= a.k) break;
+                for (int i = 0; i < kSide; ++i) nearest[i].take(distance[i][j], label);
             }
         }
-        a.labels[row] = label;
-        a.distances[row] = best;
+        for (auto& best : nearest)
+            for (int bits = 8; bits > 0; bits /= 2) {
+                const T distance = __shfl_xor_sync(kAllLanes, best.distance, bits);
+                const int64_t label = __shfl_xor_sync(kAllLanes, best.label, bits);
+                best.take(distance, label);
+            }
+        if (threadIdx.x == 0) shared.changed = 0;
+        __syncthreads();
+        if (threadIdx.x % 16 == 0) {
+            int changed = 0;
+            for (int i = 0; i < kSide; ++i) {
+                const int64_t row = start + Tile<T>::first_row() + i;
+                if (row >= a.n) break;
+                const int64_t fixed = a.fixed_labels == nullptr ? -1 : a.fixed_labels[b * a.n + row];
+                if (fixed >= 0) {
+                    nearest[i] = {T(0), fixed};
+                    for (int64_t t = 0; t < a.d; ++t)
+                        nearest[i].distance = fastclust::cuda::SquaredDifference::add(nearest[i].distance, x[row * a.d + t],
+                                                                                      centroids[fixed * a.d + t]);
+                }
+                if (a.group != nullptr) changed += a.labels[g * a.n + row] != nearest[i].label;
+                a.labels[g * a.n + row] = nearest[i].label;
+                a.distances[g * a.n + row] = nearest[i].distance;
+            }
+            if (changed > 0) atomicAdd(&shared.changed, changed);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0 && shared.changed > 0)
+            atomicAdd(&a.group[g].changed, static_cast<unsigned long long>(shared.changed));
     }
 }
 
 template <class T>
 void assign(const Assign<T>& a, const Context& context) {
-    const int64_t blocks = (a.batch * a.n + 127) / 128;
-    fastclust::cuda::launch("assign_rows", assign_rows<T>, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)),
-                            dim3(128), 0, context.stream, a);
+    assign_rows<T>({a.batch, 1, a.n, a.k, a.d, a.x, a.centroids, nullptr, a.exact, a.labels, a.distances, nullptr, kRunning},
+                   context);
 }
 
 template <class T>
-constexpr Kernels<T> kTable{assign<T>};
+constexpr Kernels<T> kTable{assign<T>, lloyd<T>, plus_plus<T>};
 
 }  // namespace
+
+template <class T>
+void assign_rows(const Assignment<T>& a, const Context& context) {
+    launch("assign_tiles", assign_tiles<T>, grid_of(a.groups * ceil_div(a.n, Tile<T>::kRows)), dim3(Tile<T>::kThreads),
+           sizeof(AssignShared<T>), context.stream, a);
+}
+
+template void assign_rows(const Assignment<float>&, const Context&);
+template void assign_rows(const Assignment<double>&, const Context&);
 
 FASTCLUST_DEFINE_KERNELS
 
