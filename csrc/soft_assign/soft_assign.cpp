@@ -25,6 +25,7 @@ Tensor soft_assign(const Tensor& x_in, const Tensor& centroids_in) {
         const auto& kernels = kernels_for("soft_assign", x, cpu_kernels<T>(), cuda_kernels<T>());
         kernels.forward({n, k, d, read<T>(x), read<T>(centroids), write<T>(log_p)}, scope.context());
     });
+    require_finite_rows("soft_assign", "distances of x to centroids", log_p);
     return log_p;
 }
 

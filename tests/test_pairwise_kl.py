@@ -1,0 +1,264 @@
+"""The pairwise contrastive loss, against broadcasting to (B, B, K) in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastclust
+from fastclust import ops, reference
+
+DTYPES = [torch.float32, torch.float64]
+
+
+def batch(
+    b: int, k: int, groups: int, dtype: torch.dtype = torch.float64, spread: float = 1.5
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and labels of which some are -1 and some, large, share a class."""
+    log_p = (spread * torch.randn(b, k, dtype=torch.float64)).log_softmax(1).to(dtype)
+    return log_p, torch.randint(-1, groups, (b,)) * 10**9
+
+
+def labels_with_free_rows(labels: Tensor) -> Tensor:
+    return labels.clamp(min=-1)
+
+
+def both_gradients(log_p: Tensor, labels: Tensor, margin: float, detach: bool, device: str) -> tuple[Tensor, Tensor]:
+    """Of means[0] + 3 means[1], by the op and by the twin in float64, after comparing the means and the counts."""
+    ours, twin = log_p.to(device).requires_grad_(), log_p.double().requires_grad_()
+    means, counts = ops.pairwise_kl(ours, labels.to(device), margin, detach)
+    twin_means, twin_counts = reference.pairwise_kl(twin, labels, margin, detach)
+    assert counts.tolist() == twin_counts.tolist()
+    limit = 1e-5 if log_p.dtype == torch.float32 else 1e-12
+    assert torch.allclose(means.cpu().double(), twin_means, rtol=limit, atol=limit)
+    share = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    (grad,) = torch.autograd.grad((means * share.to(means)).sum(), ours)
+    (expected,) = torch.autograd.grad((twin_means * share).sum() + 0 * twin.sum(), twin)
+    return grad.cpu().double(), expected
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "k", "groups"), [(2, 3, 1), (2, 3, 2), (40, 1, 3), (64, 16, 4), (65, 17, 3), (200, 10, 10), (300, 100, 40)]
+)
+def test_matches_broadcasting(b, k, groups, dtype, detach, device):
+    log_p, labels = batch(b, k, groups, dtype)
+    # a margin amid the divergences, so that the hinge is open for some pairs and closed for others
+    p = log_p.exp()
+    margin = float((p * log_p).sum(1).mean() - (p @ log_p.T).mean())
+    grad, expected = both_gradients(log_p, labels_with_free_rows(labels), max(margin, 0.1), detach, device)
+    assert (grad - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-12) * expected.norm()
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2], [-1, -1, -1], [0, -1, -1], [5, 5, -1]])
+def test_an_empty_set_of_pairs_adds_nothing(labels, device):
+    log_p, _ = batch(3, 4, 1)
+    grad, expected = both_gradients(log_p, torch.tensor(labels), 2.0, False, device)
+    assert torch.allclose(grad, expected)
+
+
+@pytest.mark.parametrize("b", [0, 1])
+def test_no_pairs_at_all(b, device):
+    log_p = torch.randn(b, 3, device=device).log_softmax(1).requires_grad_()
+    loss = fastclust.pairwise_kl(log_p, torch.zeros(b, dtype=torch.int64, device=device))
+    assert loss == 0
+    loss.backward()
+    assert (log_p.grad == 0).all()
+
+
+def test_no_clusters_at_all(device):
+    loss = fastclust.pairwise_kl(torch.zeros(3, 0, device=device), torch.tensor([0, 0, 1], device=device), margin=1.5)
+    assert loss == 3.0
+
+
+def test_hinge_is_per_direction(device):
+    p = torch.tensor([[0.5, 0.5], [0.999, 0.001]], dtype=torch.float64)
+    there, back = (p[0] * (p[0] / p[1]).log()).sum(), (p[1] * (p[1] / p[0]).log()).sum()
+    assert there > 2 > back
+    loss = fastclust.pairwise_kl(p.log().to(device), torch.tensor([0, 1], device=device), margin=2.0)
+    assert loss.item() == pytest.approx((2 - back).item())
+
+
+def test_rows_labelled_minus_one_are_in_no_pair(device):
+    log_p, labels = batch(70, 5, 4)
+    labels = labels_with_free_rows(labels)
+    free = labels < 0
+    assert free.any()
+    log_p = log_p.to(device).requires_grad_()
+    loss = fastclust.pairwise_kl(log_p, labels.to(device))
+    loss.backward()
+    assert (log_p.grad[free.to(device)] == 0).all()
+    assert loss.item() == pytest.approx(fastclust.pairwise_kl(log_p[~free], labels[~free].to(device)).item(), rel=1e-12)
+
+
+def test_near_equal_rows_keep_their_digits(device):
+    """KL around 1e-9 from float32 log-probabilities: h_i - sum p log q would lose it all."""
+    base = torch.randn(10, dtype=torch.float64)
+    log_p = (base + 3e-5 * torch.randn(50, 10, dtype=torch.float64)).log_softmax(1).float()
+    labels = torch.zeros(50, dtype=torch.int64)
+    p = log_p.double().exp()
+    expected = (p[:, None] - p).mul(log_p[:, None].double() - log_p.double()).sum() / (50 * 49)
+    loss = fastclust.pairwise_kl(log_p.to(device), labels.to(device))
+    assert 0 < expected < 1e-7
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+def test_equal_rows(device):
+    log_p = torch.full((6, 4), 0.25, device=device).log()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1], device=device)
+    assert fastclust.pairwise_kl(log_p, labels, margin=2.0).item() == pytest.approx(4.0, rel=1e-6)
+
+
+def test_zero_probabilities(device):
+    log_p = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], device=device).log()
+    apart = log_p.clone().requires_grad_()
+    loss = fastclust.pairwise_kl(apart, torch.tensor([0, 1, 2], device=device), margin=2.0)
+    # of the six directions only KL(row 0 || row 1) = log 2 is finite and within the margin
+    assert loss.item() == pytest.approx(2 * (2 - 0.6931472) / 6, rel=1e-6)
+    loss.backward()
+    assert apart.grad.isfinite().all()
+    same = fastclust.pairwise_kl(log_p[:2], torch.tensor([3, 3], device=device))
+    assert same.item() == float("inf")
+    alike = fastclust.pairwise_kl(log_p[[1, 1]], torch.tensor([3, 3], device=device))
+    assert alike.item() == 0
+
+
+def test_saturated_softmax_is_finite(device):
+    log_p = (200 * torch.randn(100, 8)).log_softmax(1).to(device).requires_grad_()
+    loss = fastclust.pairwise_kl(log_p, torch.arange(100, device=device) % 3)
+    loss.backward()
+    twin = reference.pairwise_kl(log_p.detach().cpu().double(), torch.arange(100) % 3, 2.0, False)[0].sum()
+    assert loss.item() == pytest.approx(twin.item(), rel=1e-5)
+    assert log_p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("b", [3, 70])
+def test_gradcheck(b, device):
+    logits = torch.randn(b, 3, dtype=torch.float64, device=device, requires_grad=True)
+    labels = torch.arange(b, device=device) % 3 - 1
+    # log_p itself, not behind log_softmax, which would hide a constant
+    assert torch.autograd.gradcheck(lambda z: fastclust.pairwise_kl(z, labels, margin=0.7), (logits,))
+
+
+def test_training_separates_and_gathers(device):
+    logits = torch.randn(60, 3, device=device, requires_grad=True)
+    labels = torch.arange(60, device=device) % 3
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = fastclust.pairwise_kl(logits.log_softmax(1), labels, detach_target=True)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert fastclust.metrics.cluster_accuracy(labels, logits.argmax(1)) == 1
+
+
+@given(
+    b=st.integers(0, 20), k=st.integers(1, 6), groups=st.integers(1, 5), margin=st.floats(0, 3), seed=st.integers(0, 99)
+)
+def test_any_batch(b, k, groups, margin, seed):
+    torch.manual_seed(seed)
+    log_p, labels = batch(b, k, groups)
+    labels = labels_with_free_rows(labels)
+    means, counts = ops.pairwise_kl(log_p, labels, margin, False)
+    twin, twin_counts = reference.pairwise_kl(log_p, labels, margin, False)
+    assert torch.allclose(means, twin, rtol=1e-10, atol=1e-12)
+    assert torch.equal(counts, twin_counts)
+    order = torch.randperm(b)
+    assert torch.allclose(ops.pairwise_kl(log_p[order], labels[order], margin, False)[0], means, rtol=1e-10, atol=1e-12)
+    assert (means >= 0).all()
+
+
+def test_threads_do_not_change_a_bit():
+    log_p, labels = batch(700, 21, 6, torch.float32)
+    log_p, labels = log_p.requires_grad_(), labels_with_free_rows(labels)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            loss = fastclust.pairwise_kl(log_p, labels)
+            results.append([loss, *torch.autograd.grad(loss, log_p)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_any_strides_and_dtypes(device):
+    log_p, labels = batch(81, 6, 3, torch.float32)
+    wide = log_p.T.contiguous().to(device)
+    labels = labels_with_free_rows(labels).to(device)
+    assert torch.equal(fastclust.pairwise_kl(wide.T, labels), fastclust.pairwise_kl(log_p.to(device), labels))
+    assert torch.equal(
+        fastclust.pairwise_kl(log_p.to(device)[1::2], labels[1::2]),
+        fastclust.pairwise_kl(log_p.to(device)[1::2].contiguous(), labels[1::2].contiguous()),
+    )
+    half = log_p.to(device).half().requires_grad_()
+    loss = fastclust.pairwise_kl(half, (labels > 0).to(torch.int8))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert half.grad.dtype == torch.float16
+
+
+def test_refuses_wrong_arguments(device):
+    log_p, labels = batch(6, 3, 2, torch.float32)
+    log_p, labels = log_p.to(device), labels_with_free_rows(labels).to(device)
+    bad = log_p.clone()
+    bad[1, 0], bad[4, 2] = float("nan"), float("inf")
+    low = labels.clone()
+    low[3] = -2
+    for arguments, options, error, message in [
+        ((bad, labels), {}, ValueError, r"pairwise_kl: log_p holds NaN or \+inf in 2 rows, first at 1"),
+        ((log_p, low), {}, ValueError, "pairwise_kl: labels holds 1 value below -1, at 3"),
+        ((log_p, labels[:5]), {}, ValueError, r"pairwise_kl: labels must be \(6,\), got \(5,\)"),
+        ((log_p[0], labels), {}, ValueError, "pairwise_kl: log_p must have 2 dimensions"),
+        ((log_p, labels.float()), {}, TypeError, "pairwise_kl: labels must have an integer dtype"),
+        ((log_p.long(), labels), {}, TypeError, "pairwise_kl: log_p must have a floating-point dtype"),
+        ((log_p, labels), {"margin": -1.0}, ValueError, "pairwise_kl: margin must be finite and not negative"),
+        ((log_p, labels), {"margin": float("nan")}, ValueError, "pairwise_kl: margin"),
+    ]:
+        with pytest.raises(error, match=message):
+            fastclust.pairwise_kl(*arguments, **options)
+
+
+def test_opcheck_and_compile(device):
+    log_p, labels = batch(20, 4, 3, torch.float32)
+    log_p, labels = log_p.to(device).requires_grad_(), labels_with_free_rows(labels).to(device)
+    torch.library.opcheck(torch.ops.fastclust.pairwise_kl, (log_p, labels, 2.0, False))
+    compiled = torch.compile(fastclust.pairwise_kl, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(log_p, labels, detach_target=True), log_p)
+    (expected,) = torch.autograd.grad(fastclust.pairwise_kl(log_p, labels, detach_target=True), log_p)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
+def test_every_capability_agrees(capability):
+    """In a process of its own, since the capability is chosen once."""
+    script = """
+import torch, fastclust
+from fastclust import ops, reference
+torch.manual_seed(0)
+for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+    for k in (3, 16, 37):
+        log_p = torch.randn(150, k, dtype=dtype).log_softmax(1).requires_grad_()
+        labels = torch.arange(150) % 5 - 1
+        twin = log_p.detach().double().requires_grad_()
+        (grad,) = torch.autograd.grad(ops.pairwise_kl(log_p, labels, 1.0, False)[0].sum(), log_p)
+        (expected,) = torch.autograd.grad(reference.pairwise_kl(twin, labels, 1.0, False)[0].sum(), twin)
+        assert (grad - expected).norm() <= limit * expected.norm(), (dtype, k)
+        x, centroids = torch.randn(70, k, dtype=dtype), torch.randn(9, k, dtype=dtype)
+        error = fastclust.soft_assign(x, centroids) - reference.soft_assign(x.double(), centroids.double())
+        assert error.abs().max() <= 10 * limit, (dtype, k)
+"""
+    environment = {**os.environ, "FASTCLUST_CPU_CAPABILITY": capability}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if "this CPU has no" in run.stderr:
+        pytest.skip(f"no {capability} here")
+    assert run.returncode == 0, run.stderr
