@@ -10,6 +10,81 @@ from torch import Tensor
 
 # -------------------------------------------------------------------------------------------------------------- k-means
 
+
+def kmeans_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest of centroids (B, K, D) to each row of x (B, N, D) -> labels (B, N), squared distances (B, N)."""
+    squared = (x[:, :, None] - centroids[:, None]).square().sum(dim=-1)
+    distances, labels = squared.min(dim=-1)
+    return labels, distances
+
+
+def kmeans_lloyd(
+    x: Tensor,
+    init: Tensor,
+    sample_weight: Tensor | None = None,
+    fixed_labels: Tensor | None = None,
+    max_iter: int = 100,
+    tol: float = 0.0,
+    spherical: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lloyd's algorithm as csrc/kmeans/kmeans.h states it: one problem and start after another."""
+    runs = []
+    for b, r in torch.cartesian_prod(torch.arange(init.shape[0]), torch.arange(init.shape[1])).tolist():
+        weight = x.new_ones(x.shape[1]) if sample_weight is None else sample_weight[b]
+        fixed = x.new_full((x.shape[1],), -1, dtype=torch.int64) if fixed_labels is None else fixed_labels[b]
+        runs.append(_lloyd(x[b], init[b, r], weight, fixed, max_iter, tol, spherical))
+    stacked = [torch.stack([torch.as_tensor(run[i]) for run in runs]).unflatten(0, init.shape[:2]) for i in range(4)]
+    return stacked[0], stacked[1], stacked[2], stacked[3]
+
+
+def _lloyd(
+    x: Tensor, c: Tensor, weight: Tensor, fixed: Tensor, max_iter: int, tol: float, spherical: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    def assign() -> tuple[Tensor, Tensor]:
+        squared = (x[:, None] - c).square().sum(dim=-1)
+        labels = torch.where(fixed >= 0, fixed, squared.argmin(dim=-1))
+        return labels, squared.take_along_dim(labels[:, None], dim=1)[:, 0]
+
+    limit = tol * x.var(dim=0, correction=0).mean()
+    previous, n_iter = None, 0
+    while n_iter < max_iter:
+        n_iter += 1
+        labels, squared = assign()
+        if previous is not None and labels.equal(previous):
+            break
+        member = (labels[:, None] == torch.arange(len(c), device=x.device)).to(x.dtype) * weight[:, None]
+        mass, sums = member.sum(dim=0), member.T @ x
+        divisor = sums.norm(dim=1) if spherical else mass
+        moved = torch.where(((mass > 0) & (divisor > 0))[:, None], sums / divisor[:, None], c)
+        rows = ((labels == mass.argmax()) & (fixed < 0) & (weight > 0) & (squared > 0)).nonzero()[:, 0]
+        farthest = rows[squared[rows].argsort(descending=True, stable=True)]
+        for k, row in zip((mass == 0).nonzero()[:, 0].tolist(), farthest.tolist(), strict=False):
+            moved[k] = x[row]
+        shift, c, previous = (moved - c).square().sum(), moved, labels
+        if shift <= limit:
+            break
+    labels, squared = assign()
+    return c, labels, (weight * squared).sum(), n_iter
+
+
+def kmeans_plus_plus(x: Tensor, sample_weight: Tensor | None, uniforms: Tensor) -> Tensor:
+    """Greedy D² sampling with the given uniforms (B, R, K, L) -> rows of x (B, R, K)."""
+    B, R, K, _ = uniforms.shape
+    rows = x.new_empty((B, R, K), dtype=torch.int64)
+    for b, r in torch.cartesian_prod(torch.arange(B), torch.arange(R)).tolist():
+        weight = x.new_ones(x.shape[1]) if sample_weight is None else sample_weight[b]
+        mass = torch.zeros_like(weight)
+        for k in range(K):
+            known = k > 0 and bool(mass.sum() > 0)
+            prefix = (mass if known else weight).cumsum(dim=0)
+            candidates = torch.searchsorted(prefix, uniforms[b, r, k, : None if known else 1] * prefix[-1], right=True)
+            squared = weight * (x[b][:, None] - x[b, candidates]).square().sum(dim=-1).T
+            left = torch.minimum(mass, squared) if k > 0 else squared
+            best = left.sum(dim=1).argmin()
+            rows[b, r, k], mass = candidates[best], left[best]
+    return rows
+
+
 # -------------------------------------------------------------------------------------------------------- kNN and graph
 
 # ------------------------------------------------------------------------------------------------------------ diffusion

@@ -57,15 +57,22 @@ inline int64_t packed_rows_size(int64_t rows, int64_t depth) {
     return (depth + kChunk<T> - 1) / kChunk<T> * kChunk<T> * rows;
 }
 
-/// Panels [first, last) of y (columns, depth) with rows `stride` apart; `packed` is the whole, 64-byte aligned.
+/// Panels [first, last) of y (columns, depth) with rows `stride` apart, less `shift` (depth) unless that is null; `packed` is
+/// the whole, 64-byte aligned.
 template <class T>
-inline void pack_columns(const T* y, int64_t columns, int64_t depth, int64_t stride, int64_t first, int64_t last, T* packed) {
+inline void pack_columns(const T* y, int64_t columns, int64_t depth, int64_t stride, int64_t first, int64_t last, T* packed,
+                         const T* shift = nullptr) {
     for (int64_t panel = first; panel < last; ++panel) {
         T* out = packed + panel * kWidth<T> * depth;
-        for (int lane = 0; lane < kWidth<T>; ++lane) {
+        for (int lane = 0; lane < kWidth<T>; ++lane, ++out) {
             const int64_t column = panel * kWidth<T> + lane;
             const T* row = y + column * stride;
-            for (int64_t j = 0; j < depth; ++j) out[j * kWidth<T> + lane] = column < columns ? row[j] : T(0);
+            if (column >= columns)
+                for (int64_t j = 0; j < depth; ++j) out[j * kWidth<T>] = 0;
+            else if (shift == nullptr)
+                for (int64_t j = 0; j < depth; ++j) out[j * kWidth<T>] = row[j];
+            else
+                for (int64_t j = 0; j < depth; ++j) out[j * kWidth<T>] = row[j] - shift[j];
         }
     }
 }

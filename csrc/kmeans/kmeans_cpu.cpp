@@ -1,35 +1,38 @@
-#include <limits>
+#include "kmeans/kmeans_cpu.h"
 
-#include "common/parallel.h"
-#include "kmeans/kmeans.h"
+#include "kmeans/nearest.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 namespace {
 
 template <class T>
-void assign(const Assign<T>& a, const Context&) {
-    parallel_for(0, a.batch * a.n, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const T* x = a.x + row * a.d;
-            const T* centroids = a.centroids + row / a.n * a.k * a.d;
-            T best = std::numeric_limits<T>::infinity();
-            int64_t label = 0;
-            for (int64_t k = 0; k < a.k; ++k) {
-                T distance = 0;
-                for (int64_t j = 0; j < a.d; ++j) distance += (x[j] - centroids[k * a.d + j]) * (x[j] - centroids[k * a.d + j]);
-                if (distance < best) {
-                    best = distance;
-                    label = k;
-                }
+void assign(const Assign<T>& a, const Context& context) {
+    const int pieces = num_threads();
+    double* sums = context.scratch<double>(a.d);
+    T* shift = context.scratch<T>(a.d);
+    Centres<T> centres(a.k, a.d, shift, context);
+    BlockAssigner<T>* assigners = make_assigners<T>(pieces, a.d, context);
+    for (int64_t problem = 0; problem < a.batch; ++problem) {
+        const T* x = a.x + problem * a.n * a.d;
+        const T* centroids = a.centroids + problem * a.k * a.d;
+        int64_t* labels = a.labels + problem * a.n;
+        mean_of_rows(pieces, x, a.n, a.d, sums, shift);
+        centres.prepare(pieces, centroids);
+        for_pieces(pieces, block_count(a.n), [&](int piece, int64_t first, int64_t last) {
+            for (int64_t block = first; block < last; ++block) {
+                const int64_t begin = block * kBlockRows;
+                const int64_t rows = a.n - begin < kBlockRows ? a.n - begin : kBlockRows;
+                assigners[piece].assign(centres, x + begin * a.d, rows, labels + begin);
+                for (int64_t row = begin; row < begin + rows; ++row)
+                    a.distances[problem * a.n + row] =
+                        static_cast<T>(squared_distance(x + row * a.d, centroids + labels[row] * a.d, a.d));
             }
-            a.labels[row] = label;
-            a.distances[row] = best;
-        }
-    });
+        });
+    }
 }
 
 template <class T>
-constexpr Kernels<T> kTable{assign<T>};
+constexpr Kernels<T> kTable{assign<T>, lloyd<T>, plus_plus<T>};
 
 }  // namespace
 

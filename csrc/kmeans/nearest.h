@@ -1,0 +1,198 @@
+// Nearest centroid of each row of a block, through packed products: argmin_k |c_k|^2 - 2 x.c_k.
+//
+// Rows and centroids are moved by the same shift (the mean of x), which the argmin does not see but rounding does: the score's
+// rounding error grows with |x - shift|, not with the distance of the data from the origin.
+#pragma once
+
+#include <new>
+#include <type_traits>
+
+#include "common/context.h"
+#include "common/parallel.h"
+#include "common/products.h"
+
+namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
+
+namespace products = fastclust::products::FASTCLUST_CAPABILITY;
+
+constexpr int64_t kBlockRows = 48;  // a multiple of every kTileRows
+template <class T>
+constexpr int64_t kGroupWidth = 4 * products::kWidth<T>;  // columns whose products lie in the first-level cache at once
+
+inline int64_t block_count(int64_t n) {
+    return (n + kBlockRows - 1) / kBlockRows;
+}
+
+/// Cuts [0, count) into `pieces` and calls body(piece, begin, end): for kernels that keep one buffer per piece.
+template <class Body>
+inline void for_pieces(int pieces, int64_t count, const Body& body) {
+    parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
+        for (int64_t piece = first; piece < last; ++piece)
+            body(static_cast<int>(piece), count * piece / pieces, count * (piece + 1) / pieces);
+    });
+}
+
+/// Calls run(worker, problem) for each problem of `a`. Many small problems: one thread solves each, in its own cache.
+/// Otherwise all threads share each problem, one after another.
+template <class Worker, class Arguments, class Run>
+inline void for_problems(const Arguments& a, const Context& context, const Run& run) {
+    constexpr int64_t kSmallBytes = 4 << 20;
+    const int threads = num_threads();
+    const int64_t bytes = a.n * a.d * static_cast<int64_t>(sizeof(*a.x));
+    const bool apart = a.batch >= 4 * threads || (a.batch >= threads && bytes <= kSmallBytes);
+    if (!apart) {
+        Worker worker(a, threads, context);
+        for (int64_t problem = 0; problem < a.batch; ++problem) run(worker, problem);
+        return;
+    }
+    Worker* workers = context.scratch<Worker>(threads);
+    for (int piece = 0; piece < threads; ++piece) new (workers + piece) Worker(a, 1, context);
+    int64_t next = 0;
+    for_pieces(threads, threads, [&](int piece, int64_t, int64_t) {
+        for (int64_t problem; (problem = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < a.batch;)
+            run(workers[piece], problem);
+    });
+}
+
+/// Features [0, depth) cut at multiples of a cache line, one slice per thread at most: sums that run over the rows in order
+/// for each feature by itself do not depend on the cut.
+template <class T, class Body>
+inline void for_feature_slices(int pieces, int64_t depth, const Body& body) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t lines = (depth + kLine - 1) / kLine;
+    for_pieces(pieces < lines ? pieces : static_cast<int>(lines), lines,
+               [&](int, int64_t begin, int64_t end) { body(begin * kLine, end * kLine < depth ? end * kLine : depth); });
+}
+
+/// The mean of the rows of x (n, d), in double along each feature.
+template <class T>
+inline void mean_of_rows(int pieces, const T* x, int64_t n, int64_t d, double* sums, T* mean) {
+    for_feature_slices<T>(pieces, d, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) sums[j] = 0;
+        for (int64_t row = 0; row < n; ++row)
+            for (int64_t j = begin; j < end; ++j) sums[j] += static_cast<double>(x[row * d + j]);
+        for (int64_t j = begin; j < end; ++j) mean[j] = static_cast<T>(sums[j] / static_cast<double>(n));
+    });
+}
+
+template <class T>
+inline double squared_distance(const T* x, const T* c, int64_t d) {
+    constexpr int kLanes = 16;
+    double lanes[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= d; j += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const double difference = static_cast<double>(x[j + lane]) - static_cast<double>(c[j + lane]);
+            lanes[lane] += difference * difference;
+        }
+    for (; j < d; ++j) lanes[0] += (static_cast<double>(x[j]) - c[j]) * (static_cast<double>(x[j]) - c[j]);
+    double sum = 0;
+    for (const double lane : lanes) sum += lane;
+    return sum;
+}
+
+/// K centroids ready for products.
+template <class T>
+struct Centres {
+    int64_t k, d;
+    const T* shift;  // (D)
+    T* panels;       // packed columns of c - shift
+    T* norms;        // |c - shift|^2, infinite in the last panel's empty columns
+
+    Centres(int64_t k_, int64_t d_, const T* shift_, const Context& context)
+        : k(k_),
+          d(d_),
+          shift(shift_),
+          panels(context.scratch<T>(products::packed_columns_size<T>(k_, d_))),
+          norms(context.scratch<T>(products::panel_count<T>(k_) * products::kWidth<T>)) {}
+
+    void prepare(int pieces, const T* centroids) {
+        constexpr int64_t kWidth = products::kWidth<T>;
+        const int64_t count = products::panel_count<T>(k);
+        for_pieces(pieces < count ? pieces : static_cast<int>(count), count, [&](int, int64_t first, int64_t last) {
+            products::pack_columns(centroids, k, d, d, first, last, panels, shift);
+            for (int64_t column = first * kWidth; column < last * kWidth; ++column) {
+                const T* panel = panels + column / kWidth * kWidth * d + column % kWidth;
+                double norm = 0;
+                for (int64_t j = 0; j < d; ++j) norm += static_cast<double>(panel[j * kWidth]) * panel[j * kWidth];
+                norms[column] = column < k ? static_cast<T>(norm) : static_cast<T>(__builtin_inf());
+            }
+        });
+    }
+};
+
+/// Finds the nearest centroids of one block at a time; one per thread, since it holds the buffers.
+template <class T>
+class BlockAssigner {
+   public:
+    BlockAssigner(int64_t d, const Context& context)
+        : rows_(context.scratch<T>(products::packed_rows_size<T>(kBlockRows, d))),
+          products_(context.scratch<T>(kBlockRows * kGroupWidth<T>)),
+          best_(context.scratch<Value>(kBlockRows)),
+          index_(context.scratch<Index>(kBlockRows)) {}
+
+    /// The nearest centroids of x (rows, d), rows <= kBlockRows: the lowest of equals.
+    void assign(const Centres<T>& centres, const T* x, int64_t rows, int64_t* labels) {
+        products::pack_rows(x, rows, centres.d, centres.d, centres.shift, rows_);
+        for (int64_t row = 0; row < rows; ++row) {
+            best_[row] = Value{} + static_cast<T>(__builtin_inf());
+            index_[row] = Index{};
+        }
+        const int64_t columns = products::panel_count<T>(centres.k) * products::kWidth<T>;
+        for (int64_t first = 0; first < columns; first += kGroupWidth<T>) {
+            const int64_t width = columns - first < kGroupWidth<T> ? columns - first : kGroupWidth<T>;
+            products::multiply(rows_, rows, rows, centres.d, centres.panels + first * centres.d, width / products::kWidth<T>,
+                               products_, kGroupWidth<T>);
+            for (int64_t row = 0; row < rows; ++row) keep_best(centres.norms + first, row, first, width);
+        }
+        for (int64_t row = 0; row < rows; ++row) labels[row] = lowest_of_best(row);
+    }
+
+   private:
+    using Value = products::Vector<T>;
+    using Index = decltype(Value{} < Value{});  // integers as wide as T
+    using Lane = std::remove_reference_t<decltype(Index{}[0])>;
+    static constexpr int kLanes = products::kLanes<T>;
+
+    /// Column by column in each lane, the first of equals stays.
+    void keep_best(const T* norms, int64_t row, int64_t first, int64_t width) {
+        Value best = best_[row];
+        Index index = index_[row];
+        for (int64_t column = 0; column < width; column += kLanes) {
+            const Value score = *reinterpret_cast<const Value*>(norms + column) -
+                                T(2) * *reinterpret_cast<const Value*>(products_ + row * kGroupWidth<T> + column);
+            const Index better = score < best;
+            best = better ? score : best;
+            index = better ? Index{} + static_cast<Lane>(first + column) : index;
+        }
+        best_[row] = best;
+        index_[row] = index;
+    }
+
+    int64_t lowest_of_best(int64_t row) const {
+        int64_t label = index_[row][0];
+        T score = best_[row][0];
+        for (int lane = 1; lane < kLanes; ++lane) {
+            const int64_t candidate = index_[row][lane] + lane;
+            const bool better = best_[row][lane] < score || (best_[row][lane] == score && candidate < label);
+            score = better ? best_[row][lane] : score;
+            label = better ? candidate : label;
+        }
+        return label;
+    }
+
+    T* rows_;
+    T* products_;
+    Value* best_;
+    Index* index_;
+};
+
+/// One assigner per piece.
+template <class T>
+inline BlockAssigner<T>* make_assigners(int pieces, int64_t d, const Context& context) {
+    auto* assigners = context.scratch<BlockAssigner<T>>(pieces);
+    for (int piece = 0; piece < pieces; ++piece) new (assigners + piece) BlockAssigner<T>(d, context);
+    return assigners;
+}
+
+}  // namespace fastclust::kmeans::FASTCLUST_CAPABILITY
