@@ -87,6 +87,29 @@ def kmeans_plus_plus(x: Tensor, sample_weight: Tensor | None, uniforms: Tensor) 
 
 # -------------------------------------------------------------------------------------------------------- kNN and graph
 
+
+def knn(x: Tensor, queries: Tensor | None, k: int, metric: str, exact: bool) -> tuple[Tensor, Tensor]:
+    """The whole (M, N) matrix of scores, sorted; ties keep the order of the indices."""
+    rows = x if queries is None else queries
+    if metric == "cosine":
+        x, rows = (torch.where(t.any(1, keepdim=True), t / t.norm(dim=1, keepdim=True), 0.0) for t in (x, rows))
+    distances = metric == "euclidean"
+    scores = -torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist") if distances else rows @ x.T
+    if queries is None:
+        scores.fill_diagonal_(-torch.inf)
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    return (-values if distances else values)[:, :k], indices[:, :k]
+
+
+def knn_to_csr(similarities: Tensor, indices: Tensor, power: float, symmetrize: str) -> tuple[Tensor, Tensor, Tensor]:
+    """W dense, symmetrised, then its entries that are not zero."""
+    n = similarities.shape[0]
+    w = similarities.new_zeros((n, n)).scatter_(1, indices, similarities.clamp(min=0) ** power)
+    w = {"none": w, "sum": w + w.T, "mean": (w + w.T) / 2, "max": torch.maximum(w, w.T)}[symmetrize]
+    csr = w.to_sparse_csr()
+    return csr.crow_indices(), csr.col_indices(), csr.values()
+
+
 # ------------------------------------------------------------------------------------------------------------ diffusion
 
 

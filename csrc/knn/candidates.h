@@ -1,0 +1,129 @@
+// The columns that may still be among a row's k best: a small buffer per row and the bound that a new one has to reach.
+#pragma once
+
+#include <cstdint>
+
+#include "common/context.h"
+#include "knn/buffer.h"
+
+namespace fastclust::knn::FASTCLUST_CAPABILITY {
+
+/// A bound that at least `rank` of the `count` scores reach, and few more. Scores at or below `lowest` do not count;
+/// where fewer than `rank` others are there, the answer is `lowest`.
+template <class Score>
+inline Score bound_of_rank(const Score* scores, int64_t count, int64_t rank, Score lowest) {
+    Score least = 0, most = lowest;
+    int64_t counted = 0;
+    for (int64_t c = 0; c < count; ++c) most = scores[c] > most ? scores[c] : most;
+    least = most;
+    for (int64_t c = 0; c < count; ++c) {
+        const bool counts = scores[c] > lowest;
+        counted += counts;
+        least = counts && scores[c] < least ? scores[c] : least;
+    }
+    if (counted < rank) return lowest;
+    // `least` is reached by enough of them, always; a bisection of the values raises it.
+    const int64_t enough = rank + rank / 16 + 1;
+    for (int step = 0; step < 24; ++step) {
+        const Score middle = least + (most - least) / 2;
+        if (!(middle > least)) break;
+        int32_t reached = 0;
+        for (int64_t c = 0; c < count; ++c) reached += scores[c] >= middle;
+        if (reached < rank) {
+            most = middle;
+        } else {
+            least = middle;
+            if (reached <= enough) break;
+        }
+    }
+    return least;
+}
+
+/// A neighbour by its exact score.
+template <class T>
+struct Ranked {
+    T score;
+    int32_t index;
+
+    bool before(const Ranked& other) const { return score > other.score || (score == other.score && index < other.index); }
+};
+
+/// Sorts best first. Runs of kRun are placed by counting, which has no branches to mispredict; then they are merged.
+template <class T>
+inline void sort_ranked(Ranked<T>* items, int64_t count, Ranked<T>* spare) {
+    constexpr int64_t kRun = 64;
+    for (int64_t begin = 0; begin < count; begin += kRun) {
+        const int64_t length = count - begin < kRun ? count - begin : kRun;
+        T scores[kRun];
+        int32_t indices[kRun];
+        for (int64_t i = 0; i < length; ++i) {
+            scores[i] = items[begin + i].score;
+            indices[i] = items[begin + i].index;
+        }
+        for (int64_t i = 0; i < length; ++i) {
+            int32_t place = 0;
+            for (int64_t j = 0; j < length; ++j)
+                place += (scores[j] > scores[i]) | ((scores[j] == scores[i]) & (indices[j] < indices[i]));
+            spare[begin + place] = {scores[i], indices[i]};
+        }
+    }
+    Ranked<T>*from = spare, *to = items;
+    for (int64_t run = kRun; run < count; run *= 2) {
+        for (int64_t begin = 0; begin < count; begin += 2 * run) {
+            const int64_t middle = begin + run < count ? begin + run : count;
+            const int64_t end = begin + 2 * run < count ? begin + 2 * run : count;
+            int64_t left = begin, right = middle;
+            for (int64_t out = begin; out < end; ++out) {
+                const bool take_left = left < middle && (right >= end || from[left].before(from[right]));
+                to[out] = take_left ? from[left] : from[right];
+                left += take_left;
+                right += !take_left;
+            }
+        }
+        Ranked<T>* const swap = from;
+        from = to;
+        to = swap;
+    }
+    if (from != items)
+        for (int64_t i = 0; i < count; ++i) items[i] = from[i];
+}
+
+/// The buffers of all rows of a search. Upper scores, in the filter's units.
+template <class Score>
+struct Candidates {
+    int64_t capacity;
+    Score* scores;     // (rows, capacity)
+    int32_t* columns;  // (rows, capacity) positions
+    int32_t* counts;   // (rows)
+    Score* floors;     // (rows) what does not reach its row's floor is no neighbour of it
+
+    /// Room for k and as many again that no bound has ruled out yet.
+    static int64_t capacity_for(int64_t k) { return (2 * k + 128 + 15) / 16 * 16; }
+
+    Candidates(int64_t rows, int64_t k, Score lowest, const Context& context)
+        : capacity(capacity_for(k)),
+          scores(context.scratch<Score>(rows * capacity)),
+          columns(context.scratch<int32_t>(rows * capacity)),
+          counts(context.scratch<int32_t>(rows)),
+          floors(context.scratch<Score>(rows)) {
+        for (int64_t i = 0; i < rows; ++i) {
+            counts[i] = 0;
+            floors[i] = lowest;
+        }
+    }
+
+    /// Drops what no longer reaches the floor.
+    void sift(int64_t row) {
+        Score* score = scores + row * capacity;
+        int32_t* column = columns + row * capacity;
+        int32_t kept = 0;
+        for (int32_t c = 0; c < counts[row]; ++c) {
+            score[kept] = score[c];
+            column[kept] = column[c];
+            kept += score[c] >= floors[row];
+        }
+        counts[row] = kept;
+    }
+};
+
+}  // namespace fastclust::knn::FASTCLUST_CAPABILITY
