@@ -1,6 +1,6 @@
 #include "kmeans/kmeans_cpu.h"
 
-#include "kmeans/nearest.h"
+#include "kmeans/search.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 namespace {
@@ -8,21 +8,18 @@ namespace {
 template <class T>
 void assign(const Assign<T>& a, const Context& context) {
     const int pieces = num_threads();
-    double* sums = context.scratch<double>(a.d);
-    T* shift = context.scratch<T>(a.d);
-    Centres<T> centres(a.k, a.d, shift, context);
-    BlockAssigner<T>* assigners = make_assigners<T>(pieces, a.d, context);
+    Search<T> search(a.n, a.k, a.d, 1, a.exact, pieces, context);
     for (int64_t problem = 0; problem < a.batch; ++problem) {
         const T* x = a.x + problem * a.n * a.d;
         const T* centroids = a.centroids + problem * a.k * a.d;
         int64_t* labels = a.labels + problem * a.n;
-        mean_of_rows(pieces, x, a.n, a.d, sums, shift);
-        centres.prepare(pieces, centroids);
+        search.set_rows(x);
+        search.set_centroids(centroids);
         for_pieces(pieces, block_count(a.n), [&](int piece, int64_t first, int64_t last) {
             for (int64_t block = first; block < last; ++block) {
                 const int64_t begin = block * kBlockRows;
                 const int64_t rows = a.n - begin < kBlockRows ? a.n - begin : kBlockRows;
-                assigners[piece].assign(centres, x + begin * a.d, rows, labels + begin);
+                search.assign(piece, begin, rows, labels + begin);
                 for (int64_t row = begin; row < begin + rows; ++row)
                     a.distances[problem * a.n + row] =
                         static_cast<T>(squared_distance(x + row * a.d, centroids + labels[row] * a.d, a.d));

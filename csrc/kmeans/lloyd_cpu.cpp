@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "kmeans/kmeans_cpu.h"
-#include "kmeans/nearest.h"
+#include "kmeans/search.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 namespace {
@@ -26,7 +26,6 @@ class Solver {
     Solver(const Lloyd<T>& a, int pieces, const Context& context)
         : a_(a),
           pieces_(pieces),
-          shift_(context.scratch<T>(a.d)),
           before_(context.scratch<T>(a.k * a.d)),
           sums_(context.scratch<double>(a.k * a.d)),
           weights_(context.scratch<double>(a.k)),
@@ -37,14 +36,13 @@ class Solver {
           previous_(context.scratch<int32_t>(a.n)),
           changed_(context.scratch<int64_t>(block_count(a.n))),
           candidates_(context.scratch<Candidate>(a.n)),
-          centres_(a.k, a.d, shift_, context),
-          assigners_(make_assigners<T>(pieces, a.d, context)) {}
+          search_(a.n, a.k, a.d, a.max_iter, a.exact, pieces, context) {}
 
     void solve_problem(int64_t problem) {
         x_ = a_.x + problem * a_.n * a_.d;
         weight_of_ = a_.sample_weight == nullptr ? nullptr : a_.sample_weight + problem * a_.n;
         fixed_ = a_.fixed_labels == nullptr ? nullptr : a_.fixed_labels + problem * a_.n;
-        mean_of_rows(pieces_, x_, a_.n, a_.d, moments_, shift_);
+        search_.set_rows(x_);
         limit_ = a_.tol > 0 ? a_.tol * mean_variance() : 0;
         for (int64_t restart = 0; restart < a_.restarts; ++restart) {
             const int64_t run = problem * a_.restarts + restart;
@@ -52,6 +50,7 @@ class Solver {
             labels_ = a_.labels + run * a_.n;
             const T* init = a_.init + run * a_.k * a_.d;
             for (int64_t i = 0; i < a_.k * a_.d; ++i) centroids_[i] = init[i];
+            search_.restart();
             a_.n_iter[run] = iterate();
             a_.inertia[run] = static_cast<T>(inertia());
         }
@@ -81,16 +80,17 @@ class Solver {
 
     /// Labels of every row; how many are not what they were, with the old ones in previous_.
     int64_t assign() {
-        centres_.prepare(pieces_, centroids_);
+        search_.set_centroids(centroids_);
         for_pieces(pieces_, block_count(a_.n), [&](int piece, int64_t first, int64_t last) {
             int64_t nearest[kBlockRows];
             for (int64_t block = first; block < last; ++block) {
                 const int64_t begin = block * kBlockRows;
                 const int64_t rows = a_.n - begin < kBlockRows ? a_.n - begin : kBlockRows;
-                assigners_[piece].assign(centres_, x_ + begin * a_.d, rows, nearest);
+                search_.assign(piece, begin, rows, nearest);
                 changed_[block] = relabel(begin, rows, nearest);
             }
         });
+        search_.adapt();
         int64_t changed = 0;
         for (int64_t block = 0; block < block_count(a_.n); ++block) changed += changed_[block];
         return changed;
@@ -209,11 +209,12 @@ class Solver {
     }
 
     double mean_variance() {
+        const T* mean = search_.mean();
         for_feature_slices<T>(pieces_, a_.d, [&](int64_t begin, int64_t end) {
             for (int64_t j = begin; j < end; ++j) moments_[j] = 0;
             for (int64_t row = 0; row < a_.n; ++row)
                 for (int64_t j = begin; j < end; ++j) {
-                    const double difference = static_cast<double>(x_[row * a_.d + j]) - static_cast<double>(shift_[j]);
+                    const double difference = static_cast<double>(x_[row * a_.d + j]) - static_cast<double>(mean[j]);
                     moments_[j] += difference * difference;
                 }
         });
@@ -240,7 +241,6 @@ class Solver {
 
     const Lloyd<T>& a_;
     const int pieces_;
-    T* shift_;               // (D) mean of x
     T* before_;              // (K, D) centroids before the update
     double* sums_;           // (K, D)
     double* weights_;        // (K)
@@ -251,8 +251,7 @@ class Solver {
     int32_t* previous_;      // (N) labels before this pass
     int64_t* changed_;       // (blocks) rows relabelled by this pass
     Candidate* candidates_;  // (N)
-    Centres<T> centres_;
-    BlockAssigner<T>* assigners_;
+    Search<T> search_;
 
     const T* x_ = nullptr;
     const T* weight_of_ = nullptr;
