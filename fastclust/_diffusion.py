@@ -54,8 +54,8 @@ def diffuse(graph: Tensor, y: Tensor, *, alpha: float = 0.99, tol: float = 1e-6,
     Each column has its own step sizes and stops by itself; columns are independent, so the result does not depend on
     which others are solved along. The condition number is at most (1 + α) / (1 − α), 199 at α = 0.99: about 100 steps
     bring 1e-6, the 20 of the literature rather 1e-1 on hard graphs. `residual` tells. In float32 it cannot fall below
-    about 1e-7 / (1 − α), whatever `tol`. torch.compile does not trace sparse CSR tensors: inside a compiled function, call
-    `ops.diffuse` with crow, col and weights.
+    about 1e-7 / (1 − α), whatever `tol`. torch.compile does not trace sparse CSR tensors: in a compiled function,
+    call `ops.diffuse` with crow, col and weights.
 
     Args:
         graph: (N, N) sparse CSR, the weights W: symmetric (assumed, not checked), finite, not negative, columns

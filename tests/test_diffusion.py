@@ -152,8 +152,8 @@ def test_weights_of_any_scale(device):
 
 
 def test_order_of_the_rows_does_not_matter(device):
-    """The CPU re-orders rows in pieces of 2048: more rows than that, some alone, against the same graph shuffled."""
-    n = 5000
+    """The CPU re-orders rows in pieces of 8192: more rows than that, some alone, against the same graph shuffled."""
+    n = 9000
     row = torch.arange(n - 40)
     hops = torch.cat([torch.stack([row, (row + hop) % (n - 40)]) for hop in (1, 7, 50)], 1)
     graph = torch.sparse_coo_tensor(

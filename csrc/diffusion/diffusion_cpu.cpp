@@ -32,30 +32,29 @@ Finding inspect(const Graph<T>& graph, const Context&) {
 }
 
 template <class T, int kWidth>
-int64_t solve_panels(const System<T>& system, const Solve<T>& a, int64_t first, int64_t last, const Context& context) {
-    if (first >= last) return last;
+void solve_panels(const System<T>& system, const Solve<T>& a, int64_t first, int64_t last, const Context& context) {
+    if (first >= last) return;
     Panel<T, kWidth> panel(system, context);
-    for (; first < last; first += kWidth) {
-        const int64_t width = last - first < kWidth ? last - first : kWidth;
-        panel.solve(a, first, static_cast<int>(width));
-    }
-    return last;
+    for (; first < last; first += kWidth)
+        panel.solve(a, first, static_cast<int>(last - first < kWidth ? last - first : kWidth));
 }
 
-/// Full panels, then one as narrow as the columns left over allow.
+/// Panels of the widest kind, then one as narrow as the columns left over allow.
 template <class T>
 void solve(const Solve<T>& a, const Context& context) {
-    constexpr int64_t kWidest = 128 / sizeof(T);
+    constexpr int64_t kWidest = (kVectorBytes > 16 ? 256 : 128) / sizeof(T), kQuarter = kWidest / 4;
     if (a.c == 0) return;
     const System<T> system = build_system(a.graph, a.alpha, context);
     const int64_t rest = a.c % kWidest, full = a.c - rest;
     solve_panels<T, kWidest>(system, a, 0, full, context);
-    if (rest > kWidest / 2)
+    if (rest > 3 * kQuarter)
         solve_panels<T, kWidest>(system, a, full, a.c, context);
-    else if (rest > kWidest / 4)
-        solve_panels<T, kWidest / 2>(system, a, full, a.c, context);
+    else if (rest > 2 * kQuarter)
+        solve_panels<T, 3 * kQuarter>(system, a, full, a.c, context);
+    else if (rest > kQuarter)
+        solve_panels<T, 2 * kQuarter>(system, a, full, a.c, context);
     else if (rest > 4)
-        solve_panels<T, kWidest / 4>(system, a, full, a.c, context);
+        solve_panels<T, kQuarter>(system, a, full, a.c, context);
     else if (rest > 1)
         solve_panels<T, 4>(system, a, full, a.c, context);
     else

@@ -1,6 +1,6 @@
-// Conjugate gradients on a panel of at most 32 columns. A panel's vectors are (N, kWidth), its rows by place, so that a
-// neighbour is one or two cache lines; the four of them, and not those of all columns, are all that a solve needs.
-// Included by diffusion_cpu.cpp alone.
+// Conjugate gradients on a panel of at most 256 bytes of columns: wide enough that the graph is read seldom, narrow enough that
+// the rows near each other fit the cache. A panel's vectors are (N, kWidth), its rows by place; four of them are all that a
+// solve needs, however many columns there are. Included by diffusion_cpu.cpp alone.
 #pragma once
 
 #include "diffusion/system.h"
@@ -22,6 +22,8 @@ class Panel {
     static constexpr int kLanes = kBytes < kVectorBytes ? kWidth : kVectorBytes / static_cast<int>(sizeof(T));
     static constexpr int kVectors = kWidth / kLanes;
     static constexpr int kChains = kVectors >= 8 ? 1 : 8 / kVectors;  // sums in flight, to hide the latency of an FMA
+    static constexpr int kLine = 64 / static_cast<int>(sizeof(T));    // a cache line
+    static constexpr int64_t kAhead = 4;
     typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
 
     struct Row {
@@ -162,13 +164,19 @@ class Panel {
         return sum_over_blocks([&](int64_t begin, int64_t end) {
             Row sum{};
             for (int64_t i = begin; i < end; ++i) {
+                if (i + kAhead < end) {  // y and f are in the graph's order: every row is a miss
+                    const int64_t ahead = static_cast<int64_t>(system_.order[i + kAhead]) * a.c + first;
+                    for (int c = 0; c < width; c += kLine) {
+                        __builtin_prefetch(a.y + ahead + c);
+                        __builtin_prefetch(a.f + ahead + c, 1);
+                    }
+                }
                 const Row sx = neighbours(x_, i), y = row_of(a.y, a, i, first, width);
                 for (int v = 0; v < kVectors; ++v) {
                     const Vector error = y.v[v] - x_[i].v[v] + sx.v[v];
                     sum.v[v] += error * error;
                 }
-                T* f = a.f + static_cast<int64_t>(system_.order[i]) * a.c + first;
-                for (int c = 0; c < width; ++c) f[c] = x_[i].v[c / kLanes][c % kLanes];
+                __builtin_memcpy(a.f + static_cast<int64_t>(system_.order[i]) * a.c + first, &x_[i], width * sizeof(T));
             }
             return sum;
         });
