@@ -5,7 +5,10 @@
 
 #include "common/finite.h"
 #include "common/tensor.h"
+#include "diffusion/diffusion.h"
 #include "kmeans/kmeans.h"
+#include "pairwise_kl/pairwise_kl.h"
+#include "soft_assign/soft_assign.h"
 
 namespace fastclust {
 namespace {
@@ -20,7 +23,10 @@ void* current_stream(int32_t device_index) {
 template <class T>
 void offer_kernels() {
     finite::cuda_kernels<T>() = &finite::cuda::kernels<T>();
+    diffusion::cuda_kernels<T>() = &diffusion::cuda::kernels<T>();
     kmeans::cuda_kernels<T>() = &kmeans::cuda::kernels<T>();
+    pairwise_kl::cuda_kernels<T>() = &pairwise_kl::cuda::kernels<T>();
+    soft_assign::cuda_kernels<T>() = &soft_assign::cuda::kernels<T>();
 }
 
 const bool loaded = [] {

@@ -8,9 +8,13 @@
 #include <vector>
 
 #include "common/finite.h"
+#include "diffusion/diffusion.h"
 #include "kmeans/kmeans.h"
+#include "knn/knn.h"
+#include "pairwise_kl/pairwise_kl.h"
 #include "planted.h"
 #include "simt.h"
+#include "soft_assign/soft_assign.h"
 
 namespace {
 
@@ -82,6 +86,85 @@ void kmeans_plus_plus(Call& c) {
     fastclust::kmeans::cuda::kernels<T>().plus_plus(a, c.context());
 }
 
+template <class T>
+void soft_assign(Call& c) {
+    const int64_t n = c.ints[0], k = c.ints[1], d = c.ints[2];
+    fastclust::soft_assign::cuda::kernels<T>().forward({n, k, d, c.in<T>(0), c.in<T>(1), c.out<T>(n * k)}, c.context());
+}
+
+template <class T>
+void soft_assign_backward(Call& c) {
+    const int64_t n = c.ints[0], k = c.ints[1], d = c.ints[2];
+    fastclust::soft_assign::cuda::kernels<T>().backward(
+        {n, k, d, c.in<T>(0), c.in<T>(1), c.in<T>(2), c.in<T>(3), c.out<T>(n * d), c.out<T>(k * d)}, c.context());
+}
+
+template <class T>
+fastclust::pairwise_kl::Batch<T> pairwise_batch(Call& c) {
+    return {c.ints[0], c.ints[1], c.in<T>(0), c.in<int64_t>(1), static_cast<T>(c.reals[0])};
+}
+
+template <class T>
+void pairwise_kl(Call& c) {
+    const auto batch = pairwise_batch<T>(c);
+    const auto found = fastclust::pairwise_kl::cuda::kernels<T>().inspect(batch, c.context());
+    fastclust::pairwise_kl::cuda::kernels<T>().forward({batch, c.out<T>(2), c.out<int64_t>(2)}, c.context());
+    auto* findings = c.out<int64_t>(4);
+    findings[0] = found.log_p.count, findings[1] = found.log_p.first;
+    findings[2] = found.labels.count, findings[3] = found.labels.first;
+}
+
+template <class T>
+void pairwise_kl_backward(Call& c) {
+    const int64_t elements = c.ints[0] * c.ints[1];
+    fastclust::pairwise_kl::cuda::kernels<T>().backward(
+        {pairwise_batch<T>(c), c.in<T>(2), c.in<int64_t>(3), c.ints[2] != 0, c.out<T>(elements)}, c.context());
+}
+
+template <class T>
+fastclust::diffusion::Graph<T> csr(Call& c) {
+    return {c.ints[0], c.ints[1], c.in<int64_t>(0), c.in<int64_t>(1), c.in<T>(2)};
+}
+
+template <class T>
+void diffuse(Call& c) {
+    const int64_t n = c.ints[0], columns = c.ints[2];
+    fastclust::diffusion::cuda::kernels<T>().solve({csr<T>(c), columns, c.in<T>(3), c.reals[0], c.reals[1], c.ints[3],
+                                                    c.out<T>(n * columns), c.out<T>(columns), c.out<int64_t>(columns)},
+                                                   c.context());
+}
+
+template <class T>
+void inspect_graph(Call& c) {
+    const auto found = fastclust::diffusion::cuda::kernels<T>().inspect(csr<T>(c), c.context());
+    auto* out = c.out<int64_t>(2);
+    out[0] = static_cast<int64_t>(found.fault);
+    out[1] = found.row;
+}
+
+template <class T>
+void knn(Call& c) {
+    fastclust::knn::Search<T> a{};
+    a.n = c.ints[0], a.m = c.ints[1], a.k = c.ints[2], a.d = c.ints[3];
+    a.metric = static_cast<fastclust::knn::Metric>(c.ints[4]), a.exact = c.ints[5] != 0;
+    a.x = c.in<T>(0), a.queries = c.in<T>(1);
+    a.values = c.out<T>(a.m * a.k), a.indices = c.out<int64_t>(a.m * a.k);
+    fastclust::knn::cuda::kernels<T>().search(a, c.context());
+}
+
+template <class T>
+void knn_graph(Call& c) {
+    using fastclust::knn::Edges;
+    fastclust::knn::Graph<T> g{};
+    g.n = c.ints[0], g.k = c.ints[1], g.symmetrize = static_cast<fastclust::knn::Symmetrize>(c.ints[2]), g.power = c.reals[0];
+    g.similarities = c.in<T>(0), g.indices = c.in<int64_t>(1), g.crow = c.out<int64_t>(g.n + 1);
+    g.owner = &c;
+    g.allocate = [](void* call, int64_t count) {
+        return Edges<T>{static_cast<Call*>(call)->out<int64_t>(count), static_cast<Call*>(call)->out<T>(count)};
+    };
+    fastclust::knn::cuda::kernels<T>().graph(g, c.context());
+}
+
 void planted(Call& c) {
     const std::string fault(c.arrays[1].begin(), c.arrays[1].end());
     const int64_t n = static_cast<int64_t>(c.arrays[0].size() / sizeof(float));
@@ -96,8 +179,19 @@ void planted(Call& c) {
     }
 
 const std::map<std::string, void (*)(Call&)> kCalls = {
-    {"planted", planted},          FOR_BOTH_FLOATS(finite_scan),      FOR_BOTH_FLOATS(kmeans_assign),
-    FOR_BOTH_FLOATS(kmeans_lloyd), FOR_BOTH_FLOATS(kmeans_plus_plus),
+    {"planted", planted},
+    FOR_BOTH_FLOATS(finite_scan),
+    FOR_BOTH_FLOATS(kmeans_assign),
+    FOR_BOTH_FLOATS(kmeans_lloyd),
+    FOR_BOTH_FLOATS(kmeans_plus_plus),
+    FOR_BOTH_FLOATS(soft_assign),
+    FOR_BOTH_FLOATS(soft_assign_backward),
+    FOR_BOTH_FLOATS(pairwise_kl),
+    FOR_BOTH_FLOATS(pairwise_kl_backward),
+    FOR_BOTH_FLOATS(diffuse),
+    FOR_BOTH_FLOATS(inspect_graph),
+    FOR_BOTH_FLOATS(knn),
+    FOR_BOTH_FLOATS(knn_graph),
 };
 
 template <class T>
