@@ -134,6 +134,18 @@ class TestKMeans:
         np.testing.assert_array_equal(labels, squared_distances(x, centroids).argmin(-1))
         assert (distances[0, :140] == 0).all()
 
+    @pytest.mark.parametrize(("k", "d"), [(8, 16), (130, 70)])
+    def test_margins_that_halves_do_not_see(self, worker, rng, k, d):
+        """Centroids in pairs 1e-4 apart, far from the origin: the filter alone errs, with the re-check nothing does."""
+        centroids = np.repeat(rng.normal(size=(1, k // 2, d)), 2, axis=1) + 30
+        centroids += rng.normal(size=centroids.shape) * 1e-4
+        x = np.concatenate([centroids[:, rng.integers(0, k, 90)], rng.normal(size=(1, 40, d)) + 30], axis=1)
+        x, centroids = (x + 1e-5 * rng.normal(size=x.shape)).astype(np.float32), centroids.astype(np.float32)
+        nearest = squared_distances(x, centroids).argmin(-1)
+        np.testing.assert_array_equal(self.assign(worker, x, centroids)[0], nearest)
+        wrong = self.assign(worker, x, centroids, exact=False)[0] != nearest
+        assert 0 < wrong.mean() < 0.6
+
     @staticmethod
     def lloyd(worker, x, init, max_iter, tol=0.0, weight=None, fixed=None, spherical=False):
         (b, n, d), (_, r, k, _) = x.shape, init.shape

@@ -35,24 +35,32 @@ struct Nearest {
     }
 };
 
-/// One block per 64 rows of a group; |x - c|^2 itself is summed, so nothing cancels and there is nothing to certify.
+/// One block per 64 rows of a group, or of its listed ones.
 template <class T>
-__global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> a) {
+__global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> a, Listed listed) {
     constexpr int kSide = Tile<T>::kSide;
     auto& shared = *fastclust::cuda::shared_memory<AssignShared<T>>();
     const int64_t tiles = ceil_div(a.n, Tile<T>::kRows);
     for (int64_t tile = blockIdx.x; tile < a.groups * tiles; tile += gridDim.x) {
-        const int64_t g = tile / tiles, start = tile % tiles * Tile<T>::kRows, b = g / a.restarts;
-        if (a.group != nullptr && a.group[g].phase != a.phase) continue;
-        const T* x = a.x + b * a.n * a.d;
+        const int64_t g = tile / tiles, start = tile % tiles * Tile<T>::kRows;
+        const int64_t count = listed.rows == nullptr ? a.n : static_cast<int64_t>(listed.count[g]);
+        if (a.skips(g) || start >= count) continue;
+        const T* x = a.x + a.problem(g) * a.n * a.d;
         const T* centroids = a.centroids + g * a.k * a.d;
+        const auto row_at = [&](int i) -> int64_t {
+            if (start + i >= count) return -1;
+            return listed.rows == nullptr ? start + i : listed.rows[g * a.n + start + i];
+        };
         Nearest<T> nearest[kSide];
         for (auto& best : nearest) best = {static_cast<T>(INFINITY), a.k};
         for (int64_t first = 0; first < a.k; first += Tile<T>::kCols) {
             T distance[kSide][kSide];
-            Tile<T>::run([&](int i) { return start + i < a.n ? x + (start + i) * a.d : nullptr; },
-                         [&](int j) { return first + j < a.k ? centroids + (first + j) * a.d : nullptr; }, a.d, shared.tile,
-                         distance);
+            Tile<T>::run(
+                [&](int i) {
+                    const int64_t row = row_at(i);
+                    return row >= 0 ? x + row * a.d : nullptr;
+                },
+                [&](int j) { return first + j < a.k ? centroids + (first + j) * a.d : nullptr; }, a.d, shared.tile, distance);
             for (int j = 0; j < kSide; ++j) {
                 const int64_t label = first + Tile<T>::first_col() + j;
                 if (label >= a.k) break;
@@ -70,9 +78,9 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
         if (threadIdx.x % 16 == 0) {
             int changed = 0;
             for (int i = 0; i < kSide; ++i) {
-                const int64_t row = start + Tile<T>::first_row() + i;
-                if (row >= a.n) break;
-                const int64_t fixed = a.fixed_labels == nullptr ? -1 : a.fixed_labels[b * a.n + row];
+                const int64_t row = row_at(Tile<T>::first_row() + i);
+                if (row < 0) break;
+                const int64_t fixed = a.fixed_label(g, row);
                 if (fixed >= 0) {
                     nearest[i] = {T(0), fixed};
                     for (int64_t t = 0; t < a.d; ++t)
@@ -81,7 +89,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
                 }
                 if (a.group != nullptr) changed += a.labels[g * a.n + row] != nearest[i].label;
                 a.labels[g * a.n + row] = nearest[i].label;
-                a.distances[g * a.n + row] = nearest[i].distance;
+                if (a.distances != nullptr) a.distances[g * a.n + row] = nearest[i].distance;
             }
             if (changed > 0) atomicAdd(&shared.changed, changed);
         }
@@ -93,8 +101,12 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
 
 template <class T>
 void assign(const Assign<T>& a, const Context& context) {
-    assign_rows<T>({a.batch, 1, a.n, a.k, a.d, a.x, a.centroids, nullptr, a.exact, a.labels, a.distances, nullptr, kRunning},
-                   context);
+    const Assignment<T> assignment{a.batch, 1,       a.n,      a.k,         a.d,     a.x,     a.centroids,
+                                   nullptr, a.exact, a.labels, a.distances, nullptr, kRunning};
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (wants_filter(assignment)) return assign_filtered(assignment, prepare_filter(assignment, context), context);
+    }
+    assign_directly(assignment, {}, context);
 }
 
 template <class T>
@@ -103,13 +115,13 @@ constexpr Kernels<T> kTable{assign<T>, lloyd<T>, plus_plus<T>};
 }  // namespace
 
 template <class T>
-void assign_rows(const Assignment<T>& a, const Context& context) {
+void assign_directly(const Assignment<T>& a, const Listed& listed, const Context& context) {
     launch("assign_tiles", assign_tiles<T>, grid_of(a.groups * ceil_div(a.n, Tile<T>::kRows)), dim3(Tile<T>::kThreads),
-           sizeof(AssignShared<T>), context.stream, a);
+           sizeof(AssignShared<T>), context.stream, a, listed);
 }
 
-template void assign_rows(const Assignment<float>&, const Context&);
-template void assign_rows(const Assignment<double>&, const Context&);
+template void assign_directly(const Assignment<float>&, const Listed&, const Context&);
+template void assign_directly(const Assignment<double>&, const Listed&, const Context&);
 
 FASTCLUST_DEFINE_KERNELS
 

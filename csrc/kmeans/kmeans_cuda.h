@@ -1,7 +1,7 @@
 // What the CUDA sources of this room share. A group is one restart of one problem; groups are numbered problem by problem.
 #pragma once
 
-#include "common/cuda.h"
+#include "common/half_tile_cuda.h"
 #include "kmeans/kmeans.h"
 
 namespace fastclust::kmeans::cuda {
@@ -23,13 +23,61 @@ struct Assignment {
     const int64_t* fixed_labels;  // (groups / restarts, N), -1 for free rows, or null
     bool exact;
     int64_t* labels;  // (groups, N) out, and in where `group` is given: the labels before
-    T* distances;     // (groups, N) out
+    T* distances;     // (groups, N) out, or null
     Group* group;     // (groups) or null: only groups in phase `phase` are assigned, changes counted
     Phase phase;
+
+    __host__ __device__ int64_t problem(int64_t g) const { return g / restarts; }
+    __device__ bool skips(int64_t g) const { return group != nullptr && group[g].phase != phase; }
+    __device__ int64_t fixed_label(int64_t g, int64_t row) const {
+        return fixed_labels == nullptr ? -1 : fixed_labels[problem(g) * n + row];
+    }
 };
 
+/// Rows of a group that are assigned instead of all, where `rows` is not null.
+struct Listed {
+    int64_t* rows;              // (groups, N)
+    unsigned long long* count;  // (groups)
+};
+
+/// a.distances from a.labels.
 template <class T>
-void assign_rows(const Assignment<T>& a, const Context& context);
+void measure_rows(const Assignment<T>& a, const Context& context);
+
+/// Sums (x - c)^2 itself for every pair: nothing cancels and there is nothing to certify.
+template <class T>
+void assign_directly(const Assignment<T>& a, const Listed& listed, const Context& context);
+
+/// The tensor cores' way: products of rows in half precision decide every label whose margin exceeds the bound of their error,
+/// and leave the others to assign_directly. Prepared once for as many assignments of the same x as come.
+struct Filter {
+    const float* shift;              // (B, D) taken off rows and centroids alike
+    const fastclust::cuda::Half* x;  // (B, N, padded D)
+    const fastclust::cuda::RowInfo* x_info;
+    fastclust::cuda::Half* centroids;  // (groups, K, padded D)
+    fastclust::cuda::RowInfo* centroid_info;
+    float2* columns;  // (groups, padded K) |c - shift|^2 and twice the factor
+    float2* worst;    // (groups) the greatest norm and the greatest error of a centroid
+    Listed undecided;
+};
+
+/// Whether `a` is worth a filter: small products are done before it would be ready.
+template <class T>
+bool wants_filter(const Assignment<T>& a) {
+    return sizeof(T) == sizeof(float) && a.k >= 8 && a.d >= 16;
+}
+
+Filter prepare_filter(const Assignment<float>& a, const Context& context);
+void assign_filtered(const Assignment<float>& a, const Filter& filter, const Context& context);
+
+/// Assigns by the filter where one was prepared.
+template <class T>
+void assign_rows(const Assignment<T>& a, const Filter* filter, const Context& context) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (filter != nullptr) return assign_filtered(a, *filter, context);
+    }
+    assign_directly(a, {}, context);
+}
 
 template <class T>
 void lloyd(const Lloyd<T>& a, const Context& context);

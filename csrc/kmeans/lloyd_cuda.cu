@@ -37,6 +37,7 @@ struct State {
     int64_t* order;                         // (groups, N): rows, sorted by label
     T* slice_sums;                          // (groups, slices, D)
     double* slice_weights;                  // (groups, slices)
+    T* previous;                            // (groups, K, D): the centroids that the labels were assigned by
     double* weights;                        // (groups, K)
     double* shifts;                         // (groups, K): |c - c before|^2
     double* variance;                       // (B): the mean over columns, filled where tol > 0
@@ -219,13 +220,13 @@ __global__ void __launch_bounds__(kSumThreads) move_centroids(State<T> s) {
             squares = block_sum(squares, slots);
         }
         const double divisor = a.spherical ? sqrt(squares) : weight;
-        if (weight > 0 && divisor > 0)
-            for (int64_t column = threadIdx.x; column < a.d; column += kSumThreads) {
-                T& centroid = a.centroids[piece * a.d + column];
-                const T moved = static_cast<T>(sum_of(column) / divisor);
-                shift += (double(moved) - double(centroid)) * (double(moved) - double(centroid));
-                centroid = moved;
-            }
+        for (int64_t column = threadIdx.x; column < a.d; column += kSumThreads) {
+            T& centroid = a.centroids[piece * a.d + column];
+            const T moved = weight > 0 && divisor > 0 ? static_cast<T>(sum_of(column) / divisor) : centroid;
+            s.previous[piece * a.d + column] = centroid;
+            shift += (double(moved) - double(centroid)) * (double(moved) - double(centroid));
+            centroid = moved;
+        }
         shift = block_sum(shift, slots);
         if (threadIdx.x == 0) {
             s.weights[piece] = weight;
@@ -264,7 +265,7 @@ struct ConcludeShared {
     double sums[kWarps];
 };
 
-/// Puts each empty cluster on the farthest row of the largest that none before it took. `distances` are those of the labels.
+/// Puts each empty cluster on the farthest row of the largest that none before it took.
 template <class T>
 __device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared& shared) {
     const Lloyd<T>& a = s.a;
@@ -279,6 +280,16 @@ __device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared
     largest.reduce(shared.greatest);
     if (block_sum(double(empty), shared.sums) == 0) return;
     const int64_t begin = s.starts[g * (a.k + 1) + largest.index], end = s.starts[g * (a.k + 1) + largest.index + 1];
+    for (int64_t i = begin + threadIdx.x / kWarp; i < end; i += kWarps) {
+        const int64_t row = s.order[g * a.n + i];
+        const T* x = a.x + (b * a.n + row) * a.d;
+        const T* centroid = s.previous + (g * a.k + largest.index) * a.d;
+        T distance = 0;
+        for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp) distance += (x[t] - centroid[t]) * (x[t] - centroid[t]);
+        distance = fastclust::cuda::warp_sum(distance);
+        if (threadIdx.x % kWarp == 0) s.distances[g * a.n + row] = distance;
+    }
+    __syncthreads();
     Greatest last{INFINITY, -1};
     for (int64_t k = 0; k < a.k; ++k) {
         if (weights[k] != 0) continue;
@@ -433,6 +444,7 @@ State<T> allocate(const Lloyd<T>& a, const Context& context) {
     s.order = context.scratch<int64_t>(s.groups * a.n);
     s.slice_sums = context.scratch<T>(s.groups * s.slices * a.d);
     s.slice_weights = context.scratch<double>(s.groups * s.slices);
+    s.previous = context.scratch<T>(s.groups * a.k * a.d);
     s.weights = context.scratch<double>(s.groups * a.k);
     s.shifts = context.scratch<double>(s.groups * a.k);
     s.variance = context.scratch<double>(a.batch);
@@ -482,18 +494,26 @@ void lloyd(const Lloyd<T>& a, const Context& context) {
         launch("sum_columns", sum_columns<T>, grid_of(a.batch * s.chunks), dim3(kThreads), 0, stream, s);
         launch("mean_variance", mean_variance<T>, grid_of(a.batch), dim3(kThreads), kSlots, stream, s);
     }
-    Assignment<T> assignment{s.groups,       a.restarts, a.n,      a.k,         a.d,     a.x,     a.centroids,
-                             a.fixed_labels, a.exact,    a.labels, s.distances, s.group, kRunning};
+    Assignment<T> assignment{s.groups,       a.restarts, a.n,      a.k,     a.d,     a.x,     a.centroids,
+                             a.fixed_labels, a.exact,    a.labels, nullptr, s.group, kRunning};
+    Filter filter{};
+    const bool filtered = wants_filter(assignment);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (filtered) filter = prepare_filter(assignment, context);
+    }
     const bool capturing = fastclust::cuda::is_capturing(stream);
     for (int64_t iteration = 0; iteration < a.max_iter; ++iteration) {
-        assign_rows(assignment, context);
+        assign_rows(assignment, filtered ? &filter : nullptr, context);
         s.later = iteration > 0;
         update(s, stream);
         if (!capturing && (iteration + 1) % kAskEvery == 0 && all_stopped(s.group, s.groups, stream)) break;
     }
     launch("set_phase", set_phase, grid_of(ceil_div(s.groups, kThreads)), dim3(kThreads), 0, stream, s.group, s.groups, false);
     assignment.phase = kMoved;
-    assign_rows(assignment, context);
+    assign_rows(assignment, filtered ? &filter : nullptr, context);
+    assignment.group = nullptr;
+    assignment.distances = s.distances;
+    measure_rows(assignment, context);
     launch("sum_distances", sum_distances<T>, grid_of(s.groups * s.chunks), dim3(kThreads), kSlots, stream, s);
     launch("report", report<T>, grid_of(s.groups), dim3(kThreads), kSlots, stream, s);
 }

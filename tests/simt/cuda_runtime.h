@@ -17,7 +17,7 @@
 #define __launch_bounds__(...)
 
 using dim3 = simt::Extent;
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 struct alignas(16) float4 {

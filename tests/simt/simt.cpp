@@ -356,6 +356,7 @@ void copy_later(void* target, const void* source, size_t bytes, size_t valid_byt
     if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0)
         fail("%s: cp.async of %zu bytes is not aligned", kernel_name, bytes);
     if (valid_bytes > 0) note_read(source, valid_bytes);
+    note_write(target, bytes);  // the copy may land at any time from here on
     running->open_group.push_back({target, source, bytes, valid_bytes});
 }
 
