@@ -46,7 +46,7 @@ struct Sorted {
     Entry* entry;      // (B) label and row, ascending
     T* p;              // (padded, width) zeros beyond B and K
     T* log_p;          // (padded, width) zeros beyond B and K
-    T* transposed;     // (K, padded) log_p
+    T* transposed;     // (blocks, K, kBlock) log_p: a block of it lies together, not a page apart from column to column
     T* entropy;        // (padded) sum_k p log p; beyond B so large that no pair counts
     T* limit;          // (padded) the margin; beyond B so small that no pair counts
     int32_t* group;    // (padded) equal where labels are equal
@@ -54,15 +54,21 @@ struct Sorted {
     int64_t* first;  // (groups + 1) first row of each group
 };
 
+/// Where entry 0 of row i is in `transposed`; the others follow every kBlock.
+template <class T>
+T* transposed_row(const Sorted<T>& s, int64_t i) {
+    return s.transposed + i / kBlock * s.k * kBlock + i % kBlock;
+}
+
 template <class T>
 void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
     const T* from = batch.log_p + s.entry[i].row * s.k;
-    T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, sum = 0;
+    T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, *transposed = transposed_row(s, i), sum = 0;
     for (int64_t c = 0; c < s.k; ++c) {
         log_p[c] = from[c] > kLogZero<T> ? from[c] : kLogZero<T>;
         p[c] = std::exp(log_p[c]);
         sum += p[c] * log_p[c];
-        s.transposed[c * s.padded + i] = log_p[c];
+        transposed[c * kBlock] = log_p[c];
     }
     for (int64_t c = s.k; c < s.width; ++c) p[c] = log_p[c] = 0;
     s.entropy[i] = sum;
@@ -72,7 +78,7 @@ void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
 template <class T>
 void fill_padding(const Sorted<T>& s, int64_t i) {
     for (int64_t c = 0; c < s.width; ++c) s.p[i * s.width + c] = s.log_p[i * s.width + c] = 0;
-    for (int64_t c = 0; c < s.k; ++c) s.transposed[c * s.padded + i] = 0;
+    for (int64_t c = 0; c < s.k; ++c) transposed_row(s, i)[c * kBlock] = 0;
     s.entropy[i] = -kLogZero<T>;
     s.limit[i] = kLogZero<T>;
     s.group[i] = -1;

@@ -86,11 +86,12 @@ template <class T>
 double dissimilar_pairs(const Sorted<T>& s, const Context& context) {
     auto* partial = context.scratch<double>(s.blocks);
     parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
-        alignas(64) T tile[kBlock * kBlock], rows[kBlock];
+        alignas(64) T tile[kBlock * kBlock];
+        int32_t counts[kBlock];
         for (int64_t i = begin; i < end; ++i) {
             partial[i] = 0;
             for (int64_t j = 0; j < s.blocks; ++j)
-                if (!same_group(s, i, j)) partial[i] += hinge_tile(s, i, j, tile, rows);
+                if (!same_group(s, i, j)) partial[i] += hinge_tile(s, i, j, tile, counts);
         }
     });
     double sum = 0;
@@ -129,22 +130,15 @@ TileSums<T> sum_tiles(const Sorted<T>& s, bool detach_target, const Context& con
     for (int64_t i = 0; i < s.padded * s.width; ++i) sums.log_p[i] = sums.transposed_p[i] = 0;
     for (int64_t round = 0; round < s.blocks; ++round) {
         parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
-            alignas(64) T tile[kBlock * kBlock], rows[kBlock];
+            alignas(64) T tile[kBlock * kBlock];
+            int32_t counts[kBlock];
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t j = (i + round) % s.blocks, at_i = i * kBlock * s.width, at_j = j * kBlock * s.width;
                 if (same_group(s, i, j)) continue;
-                hinge_tile(s, i, j, tile, rows);
-                T count = 0;
-                for (int r = 0; r < kBlock; ++r) {
-                    sums.count[i * kBlock + r] += rows[r];
-                    count += rows[r];
-                }
-                if (count == 0) continue;
-                block_product<T, true>({tile, 1, kBlock}, s.p + at_i, s.width, s.width, kBlock, sums.transposed_p + at_j,
-                                       s.width);
-                if (!detach_target)
-                    block_product<T, true>({tile, kBlock, 1}, s.log_p + at_j, s.width, s.width, kBlock, sums.log_p + at_i,
-                                           s.width);
+                hinge_tile(s, i, j, tile, counts);
+                for (int r = 0; r < kBlock; ++r) sums.count[i * kBlock + r] += static_cast<T>(counts[r]);
+                add_tile_products(tile, counts, s.p + at_i, s.log_p + at_j, s.width,
+                                  detach_target ? nullptr : sums.log_p + at_i, sums.transposed_p + at_j);
             }
         });
     }

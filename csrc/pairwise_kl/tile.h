@@ -58,39 +58,67 @@ bool same_group(const Sorted<T>& s, int64_t i_block, int64_t j_block) {
 }
 
 /// Turns sum_k p_ik log p_jk in `tile` into [KL_ij < m] for i of one block and j of another, 0 for pairs of equal labels.
-/// Returns the sum of [m - KL_ij]+ over the tile; rows[i] is how many pairs of row i count.
+/// Returns the sum of [m - KL_ij]+ over the tile; counts[i] is how many pairs of row i are within the margin.
 template <class T>
-double hinge(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile, T* rows) {
-    const int64_t j_first = j_block * kBlock;
-    double total = 0;
+double hinge(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile, int32_t* counts) {
+    const T* limit = s.limit + j_block * kBlock;
+    const int32_t* groups = s.group + j_block * kBlock;
+    alignas(64) T sums[kBlock] = {};  // one per column: a single running sum would not vectorise
     for (int i = 0; i < kBlock; ++i) {
         const T entropy = s.entropy[i_block * kBlock + i];
         const int32_t group = s.group[i_block * kBlock + i];
         T* row = tile + i * kBlock;
-        T sum = 0, count = 0;
-        T margins[kBlock];
+        int32_t count = 0;
         for (int j = 0; j < kBlock; ++j) {
-            const T left = s.limit[j_first + j] - (entropy - row[j]);
-            const bool counts = (left > 0) & (s.group[j_first + j] != group);
-            margins[j] = counts ? left : T(0);
-            row[j] = counts ? T(1) : T(0);
+            const T left = limit[j] - (entropy - row[j]);
+            const bool within = (left > 0) & (groups[j] != group);
+            sums[j] += within ? left : T(0);
+            row[j] = within ? T(1) : T(0);
+            count += within;
         }
-        for (int j = 0; j < kBlock; ++j) {
-            sum += margins[j];
-            count += row[j];
-        }
-        rows[i] = count;
-        total += static_cast<double>(sum);
+        counts[i] = count;
     }
+    double total = 0;
+    for (const T sum : sums) total += static_cast<double>(sum);
     return total;
 }
 
-/// Fills `tile` and `rows` as hinge() does.
+/// Fills `tile` and `counts` as hinge() does.
 template <class T>
-double hinge_tile(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile, T* rows) {
+double hinge_tile(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile, int32_t* counts) {
     const Strided<T> p{s.p + i_block * kBlock * s.width, s.width, 1};
-    block_product<T, false>(p, s.transposed + j_block * kBlock, kBlock, s.padded, s.k, tile, kBlock);
-    return hinge(s, i_block, j_block, tile, rows);
+    block_product<T, false>(p, s.transposed + j_block * s.k * kBlock, kBlock, kBlock, s.k, tile, kBlock);
+    return hinge(s, i_block, j_block, tile, counts);
+}
+
+template <class T>
+void add_row(const T* from, int64_t width, T* to) {
+    for (int64_t c = 0; c < width; ++c) to[c] += from[c];
+}
+
+/// Adds M B to `left` (M the tile, B a block of log p; null: not wanted) and M' A to `right` (A a block of p). Few ones in the
+/// tile, as late in a training, are taken one by one.
+template <class T>
+void add_tile_products(const T* tile, const int32_t* counts, const T* a, const T* b, int64_t width, T* left, T* right) {
+    int64_t ones = 0;
+    for (int i = 0; i < kBlock; ++i) ones += counts[i];
+    if (ones > kBlock * kBlock / 8) {
+        block_product<T, true>({tile, 1, kBlock}, a, width, width, kBlock, right, width);
+        if (left != nullptr) block_product<T, true>({tile, kBlock, 1}, b, width, width, kBlock, left, width);
+        return;
+    }
+    for (int i = 0; i < kBlock; ++i) {
+        if (counts[i] == 0) continue;
+        int32_t columns[kBlock + 1], found = 0;
+        for (int32_t j = 0; j < kBlock; ++j) {
+            columns[found] = j;
+            found += tile[i * kBlock + j] != 0;
+        }
+        for (int32_t c = 0; c < found; ++c) {
+            add_row(a + i * width, width, right + columns[c] * width);
+            if (left != nullptr) add_row(b + columns[c] * width, width, left + i * width);
+        }
+    }
 }
 
 }  // namespace
