@@ -39,11 +39,10 @@ struct QuantisedRows {
     static int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
 
     void prepare(int pieces, const float* x, const float* shift) {
-        for_pieces(pieces, block_count(n), [&](int piece, int64_t first, int64_t last) {
+        for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
             float* v = centred + piece * padded(d);
             for (int64_t j = d; j < padded(d); ++j) v[j] = 0;
-            const int64_t end = last * kBlockRows < n ? last * kBlockRows : n;
-            for (int64_t row = first * kBlockRows; row < end; ++row) {
+            for (int64_t row = first * kSpanRows; first < last && row < span_end(last - 1, n); ++row) {
                 for (int64_t j = 0; j < d; ++j) v[j] = x[row * d + j] - shift[j];
                 how[row] = quantised::pack_row(v, row, d, packed);
             }
@@ -106,27 +105,24 @@ class CertifiedAssigner<float> {
     CertifiedAssigner(int64_t d, const Context& context)
         : lower_(context.scratch<float>(kRows * kGroup)),
           centred_(context.scratch<float>(QuantisedRows::padded(d))),
+          gathered_(context.scratch<uint8_t>(kRows * quantised::steps(d) * 4)),
           left_(context.scratch<Left>(kRows)) {
         for (int64_t j = d; j < QuantisedRows::padded(d); ++j) centred_[j] = 0;
     }
 
-    /// Labels of the block of rows from `begin` on; how many float scores it took to be certain of them. Without `exact` it
-    /// takes none: the best 8-bit score decides.
-    int64_t assign(const QuantisedRows& rows, const QuantisedCentres& centres, const float* x, int64_t begin, int64_t count,
-                   bool exact, int64_t* labels) {
+    /// Labels and gaps, as BlockAssigner's, of rows[0 .. count); how many float scores it took to be certain of them. Without
+    /// `exact` it takes none: the best 8-bit score decides.
+    int64_t assign(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
+                   int64_t count, bool exact, int64_t* labels, float* gaps) {
         int64_t scored = 0;
         for (int64_t first = 0; first < count; first += kRows) {
             const int64_t size = count - first < kRows ? count - first : kRows;
-            for (int64_t r = 0; r < size; ++r) left_[r] = Left{};
+            const uint8_t* group = packed_group(data, rows + first, size);
+            for (int64_t i = 0; i < size; ++i) left_[i] = Left{};
             for (int64_t column = 0; column < centres.columns; column += kGroup)
-                bound_group(rows, centres, begin + first, size, column);
-            for (int64_t r = 0; r < size; ++r) {
-                const Left& left = left_[r];
-                labels[first + r] = exact ? left.column[0] : left.lowest();
-                if (left.count == 1 || (!exact && left.count > 0)) continue;
-                scored += left.count == 0 || left.count > kMost ? centres.k : left.count;
-                labels[first + r] = decide(centres, x + (begin + first + r) * centres.d, left);
-            }
+                bound_group(data, centres, group, rows + first, size, column);
+            for (int64_t i = 0; i < size; ++i)
+                scored += conclude(data, centres, x, rows[first + i], exact, left_[i], labels + first + i, gaps + first + i);
         }
         return scored;
     }
@@ -138,7 +134,9 @@ class CertifiedAssigner<float> {
 
     /// The centroids that a row may belong to, ascending; all where count > kMost, or where no bound holds (count 0).
     struct Left {
-        float upper = __builtin_inff();  // the least upper bound of a score so far
+        float upper = __builtin_inff();   // the least upper bound of a score so far
+        float least = __builtin_inff();   // the least lower bound
+        float second = __builtin_inff();  // and the second least
         int32_t count = 0;
         int32_t column[kMost] = {};
         float lower[kMost];
@@ -150,14 +148,27 @@ class CertifiedAssigner<float> {
         }
     };
 
-    void bound_group(const QuantisedRows& rows, const QuantisedCentres& centres, int64_t row, int64_t size, int64_t column) {
+    /// The packed rows of a group: where they lie if they are one, else gathered.
+    const uint8_t* packed_group(const QuantisedRows& data, const int64_t* rows, int64_t size) {
+        const int64_t steps = quantised::steps(data.d);
+        const auto group_of = [&](int64_t row) { return data.packed + row / kRows * kRows * steps * 4; };
+        if (rows[0] % kRows == 0 && rows[size - 1] - rows[0] == size - 1) return group_of(rows[0]);
+        for (int64_t i = 0; i < size; ++i) {
+            const uint8_t* from = group_of(rows[i]) + rows[i] % kRows * 4;
+            for (int64_t step = 0; step < steps; ++step)
+                __builtin_memcpy(gathered_ + (step * kRows + i) * 4, from + step * kRows * 4, 4);
+        }
+        return gathered_;
+    }
+
+    void bound_group(const QuantisedRows& data, const QuantisedCentres& centres, const uint8_t* group, const int64_t* rows,
+                     int64_t size, int64_t column) {
         const int64_t width = centres.columns - column < kGroup ? centres.columns - column : kGroup;
-        const int64_t bytes = quantised::steps(centres.d) * 4;
-        quantised::multiply(rows.packed + row * bytes, centres.packed + column * bytes, width / quantised::kWidth, centres.d,
-                            centres.starts + column, reinterpret_cast<int32_t*>(lower_), kGroup);
-        for (int64_t r = 0; r < size; ++r) {
-            lower_bounds(rows.how[row + r], centres, column, width, lower_ + r * kGroup, left_[r]);
-            keep(lower_ + r * kGroup, column, width, left_[r]);
+        quantised::multiply(group, centres.packed + column * quantised::steps(centres.d) * 4, width / quantised::kWidth,
+                            centres.d, centres.starts + column, reinterpret_cast<int32_t*>(lower_), kGroup);
+        for (int64_t i = 0; i < size; ++i) {
+            lower_bounds(data.how[rows[i]], centres, column, width, lower_ + i * kGroup, left_[i]);
+            keep(lower_ + i * kGroup, column, width, left_[i]);
         }
     }
 
@@ -174,7 +185,8 @@ class CertifiedAssigner<float> {
         const float* __restrict norms = centres.norms + column;
         const float* __restrict residuals = centres.residuals + column;
         const float* __restrict scales = centres.scales + column;
-        __m512 least = _mm512_set1_ps(left.upper);
+        __m512 upper = _mm512_set1_ps(left.upper);
+        __m512 least = _mm512_set1_ps(__builtin_inff()), second = least;
         for (int64_t j = 0; j < width; j += 16) {
             const __m512 square = _mm512_loadu_ps(squares + j);
             __m512 bound = _mm512_mul_ps(by_norm, _mm512_loadu_ps(norms + j));
@@ -182,10 +194,22 @@ class CertifiedAssigner<float> {
             bound = _mm512_fmadd_ps(by_square, square, bound);
             const __m512 product = _mm512_cvtepi32_ps(_mm512_loadu_si512(products + j));
             const __m512 score = _mm512_fnmadd_ps(_mm512_loadu_ps(scales + j), product, _mm512_mul_ps(half, square));
-            least = _mm512_min_ps(least, _mm512_add_ps(score, bound));
-            _mm512_storeu_ps(products + j, _mm512_sub_ps(score, bound));
+            upper = _mm512_min_ps(upper, _mm512_add_ps(score, bound));
+            const __m512 lower =
+                _mm512_sub_ps(score, bound);  // NaN beyond K; of a NaN, min and max return their second operand
+            second = _mm512_min_ps(_mm512_max_ps(least, lower), second);
+            least = _mm512_min_ps(lower, least);
+            _mm512_storeu_ps(products + j, lower);
         }
-        left.upper = _mm512_reduce_min_ps(least);
+        left.upper = _mm512_reduce_min_ps(upper);
+        const float lowest = _mm512_reduce_min_ps(least);
+        const __mmask16 at = _mm512_cmp_ps_mask(least, _mm512_set1_ps(lowest), _CMP_EQ_OQ);
+        const auto one = static_cast<__mmask16>(at & -at);
+        const float next = _mm512_reduce_min_ps(_mm512_mask_mov_ps(least, one, second));
+        const float larger = lowest < left.least ? left.least : lowest;
+        left.least = lowest < left.least ? lowest : left.least;
+        left.second = larger < left.second ? larger : left.second;
+        left.second = next < left.second ? next : left.second;
     }
 
     static void keep(const float* lower, int64_t column, int64_t width, Left& left) {
@@ -210,22 +234,37 @@ class CertifiedAssigner<float> {
         }
     }
 
-    /// The lowest of the best float scores.
-    int64_t decide(const QuantisedCentres& centres, const float* __restrict x, const Left& left) {
+    /// Takes the only centroid left, or the lowest of the best float scores; how many of those it took.
+    int64_t conclude(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, int64_t row, bool exact,
+                     const Left& left, int64_t* label, float* gap) {
+        const quantised::Quantised& how = data.how[row];
+        const float unit = 2 * how.scale, square = (how.norm + how.residual) * (how.norm + how.residual);
+        if (left.count == 1 || (!exact && left.count > 0)) {
+            *label = exact ? left.column[0] : left.lowest();
+            *gap = distance_gap(unit * left.upper, unit * left.second, square, centres.d);
+            return 0;
+        }
+        const bool all = left.count == 0 || left.count > kMost;
+        float best = __builtin_inff(), second = all ? best : unit * left.upper;  // those not left score above `upper`
+        const int64_t count = all ? centres.k : left.count;
         const int64_t width = QuantisedRows::padded(centres.d);
+        centre(x + row * centres.d, centres);
+        *label = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t column = all ? i : left.column[i];
+            const float score = centres.squares[column] - 2 * dot(centred_, centres.centred + column * width, width);
+            const float larger = score < best ? best : score;
+            second = larger < second ? larger : second;
+            if (score < best) best = score, *label = column;
+        }
+        *gap = distance_gap(best, second, square, centres.d);
+        return count;
+    }
+
+    void centre(const float* __restrict x, const QuantisedCentres& centres) {
         const float* __restrict shift = centres.shift;
         float* __restrict v = centred_;
         for (int64_t j = 0; j < centres.d; ++j) v[j] = x[j] - shift[j];
-        const bool all = left.count == 0 || left.count > kMost;
-        const int64_t count = all ? centres.k : left.count;
-        int64_t label = 0;
-        float best = __builtin_inff();
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t column = all ? i : left.column[i];
-            const float score = centres.squares[column] - 2 * dot(v, centres.centred + column * width, width);
-            if (score < best) best = score, label = column;
-        }
-        return label;
     }
 
     static float dot(const float* v, const float* w, int64_t width) {
@@ -240,7 +279,8 @@ class CertifiedAssigner<float> {
     }
 
     float* lower_;
-    float* centred_;
+    float* centred_;     // (padded D) the row that is scored
+    uint8_t* gathered_;  // a packed group
     Left* left_;
 };
 

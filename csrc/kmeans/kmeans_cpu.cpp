@@ -15,12 +15,15 @@ void assign(const Assign<T>& a, const Context& context) {
         int64_t* labels = a.labels + problem * a.n;
         search.set_rows(x);
         search.set_centroids(centroids);
-        for_pieces(pieces, block_count(a.n), [&](int piece, int64_t first, int64_t last) {
-            for (int64_t block = first; block < last; ++block) {
-                const int64_t begin = block * kBlockRows;
-                const int64_t rows = a.n - begin < kBlockRows ? a.n - begin : kBlockRows;
-                search.assign(piece, begin, rows, labels + begin);
-                for (int64_t row = begin; row < begin + rows; ++row)
+        for_pieces(pieces, span_count(a.n), [&](int piece, int64_t first, int64_t last) {
+            int64_t rows[kBlockRows];
+            T gaps[kBlockRows];
+            const int64_t end = first < last ? span_end(last - 1, a.n) : 0;
+            for (int64_t begin = first * kSpanRows; begin < end; begin += kBlockRows) {
+                const int64_t count = end - begin < kBlockRows ? end - begin : kBlockRows;
+                for (int64_t i = 0; i < count; ++i) rows[i] = begin + i;
+                search.assign(piece, rows, count, labels + begin, gaps);
+                for (int64_t row = begin; row < begin + count; ++row)
                     a.distances[problem * a.n + row] =
                         static_cast<T>(squared_distance(x + row * a.d, centroids + labels[row] * a.d, a.d));
             }

@@ -31,10 +31,12 @@ class Solver {
           weights_(context.scratch<double>(a.k)),
           members_(context.scratch<int64_t>(a.k)),
           shifts_(context.scratch<double>(a.k)),
+          losses_(context.scratch<T>(a.k)),
+          gaps_(context.scratch<T>(a.n)),
           moments_(context.scratch<double>(a.d)),
-          partial_(context.scratch<double>(block_count(a.n))),
+          partial_(context.scratch<double>(span_count(a.n))),
           previous_(context.scratch<int32_t>(a.n)),
-          changed_(context.scratch<int64_t>(block_count(a.n))),
+          changed_(context.scratch<int64_t>(span_count(a.n))),
           candidates_(context.scratch<Candidate>(a.n)),
           search_(a.n, a.k, a.d, a.max_iter, a.exact, pieces, context) {}
 
@@ -61,54 +63,83 @@ class Solver {
         for (int64_t row = 0; row < a_.n; ++row) labels_[row] = -1;
         bool fresh = false;
         for (int64_t iteration = 1; iteration <= a_.max_iter; ++iteration) {
-            const int64_t changed = assign();
+            const int64_t changed = assign(true);
             if (changed == 0 && fresh) return iteration;
             fresh = sizeof(T) == sizeof(double) || iteration == a_.max_iter || 2 * changed > a_.n || changed == 0;
             add_up(fresh);
-            const double shift = update();
+            update();
+            if (changed != 0) reseed_empty();
+            const double shift = total_shift();
             if (changed == 0 && shift == 0) return iteration;
-            if (changed != 0 && reseed_empty()) continue;
             if (shift <= limit_) {
                 if (!fresh) add_up(true), update();
-                assign();
+                assign(false);
                 return iteration;
             }
         }
-        assign();
+        assign(true);
         return a_.max_iter;
     }
 
-    /// Labels of every row; how many are not what they were, with the old ones in previous_.
-    int64_t assign() {
+    /// Labels of every row; how many are not what they were, with the old ones in previous_. Where the gaps are to be trusted,
+    /// a row whose nearest centroid has kept its lead over all others, whatever they moved, is not looked at (Hamerly 2010).
+    int64_t assign(bool trust_gaps) {
         search_.set_centroids(centroids_);
-        for_pieces(pieces_, block_count(a_.n), [&](int piece, int64_t first, int64_t last) {
-            int64_t nearest[kBlockRows];
-            for (int64_t block = first; block < last; ++block) {
-                const int64_t begin = block * kBlockRows;
-                const int64_t rows = a_.n - begin < kBlockRows ? a_.n - begin : kBlockRows;
-                search_.assign(piece, begin, rows, nearest);
-                changed_[block] = relabel(begin, rows, nearest);
-            }
+        for_pieces(pieces_, span_count(a_.n), [&](int piece, int64_t first, int64_t last) {
+            for (int64_t span = first; span < last; ++span) changed_[span] = assign_span(piece, span, trust_gaps);
         });
         search_.adapt();
         int64_t changed = 0;
-        for (int64_t block = 0; block < block_count(a_.n); ++block) changed += changed_[block];
+        for (int64_t span = 0; span < span_count(a_.n); ++span) changed += changed_[span];
         return changed;
     }
 
-    int64_t relabel(int64_t begin, int64_t rows, const int64_t* nearest) {
-        int64_t changed = 0;
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t row = begin + i;
-            const int64_t label = fixed_ != nullptr && fixed_[row] >= 0 ? fixed_[row] : nearest[i];
+    int64_t assign_span(int piece, int64_t span, bool trust_gaps) {
+        int64_t rows[kSpanRows], nearest[kBlockRows], count = 0, changed = 0;
+        T gaps[kBlockRows];
+        for (int64_t row = span * kSpanRows; row < span_end(span, a_.n); ++row) {
             previous_[row] = static_cast<int32_t>(labels_[row]);
-            changed += labels_[row] != label;
-            labels_[row] = label;
+            if (fixed_ != nullptr && fixed_[row] >= 0) {
+                changed += labels_[row] != fixed_[row];
+                labels_[row] = fixed_[row];
+            } else if (labels_[row] < 0 || !trust_gaps || !still_leads(row)) {
+                rows[count++] = row;
+            }
+        }
+        for (int64_t first = 0; first < count; first += kBlockRows) {
+            const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
+            search_.assign(piece, rows + first, size, nearest, gaps);
+            for (int64_t i = 0; i < size; ++i) {
+                const int64_t row = rows[first + i];
+                changed += labels_[row] != nearest[i];
+                labels_[row] = nearest[i];
+                gaps_[row] = gaps[i];
+            }
         }
         return changed;
     }
 
-    int64_t block_end(int64_t block) const { return (block + 1) * kBlockRows < a_.n ? (block + 1) * kBlockRows : a_.n; }
+    bool still_leads(int64_t row) {
+        gaps_[row] = gaps_[row] * T(1 - 4e-7) - losses_[labels_[row]];
+        return gaps_[row] > 0;
+    }
+
+    /// How far the centroids moved, squared; with it, what each cluster's rows lose of their gaps.
+    double total_shift() {
+        double shift = 0, farthest = 0, second = 0;
+        int64_t mover = 0;
+        for (int64_t k = 0; k < a_.k; ++k) {
+            shift += shifts_[k];
+            if (shifts_[k] > farthest)
+                second = farthest, farthest = shifts_[k], mover = k;
+            else if (shifts_[k] > second)
+                second = shifts_[k];
+        }
+        for (int64_t k = 0; k < a_.k; ++k)
+            losses_[k] =
+                static_cast<T>(1.000001 * (__builtin_sqrt(shifts_[k]) + __builtin_sqrt(k == mover ? second : farthest)));
+        return shift;
+    }
 
     T weight(int64_t row) const { return weight_of_ == nullptr ? T(1) : weight_of_[row]; }
 
@@ -136,10 +167,10 @@ class Solver {
 
     template <class Body>
     void each_changed(const Body& body) const {
-        for (int64_t block = 0; block < block_count(a_.n); ++block) {
-            if (changed_[block] == 0) continue;
-            const int64_t end = block_end(block);
-            for (int64_t row = block * kBlockRows; row < end; ++row)
+        for (int64_t span = 0; span < span_count(a_.n); ++span) {
+            if (changed_[span] == 0) continue;
+            const int64_t end = span_end(span, a_.n);
+            for (int64_t row = span * kSpanRows; row < end; ++row)
                 if (previous_[row] != labels_[row]) body(row);
         }
     }
@@ -156,14 +187,11 @@ class Solver {
         for (int64_t j = begin; j < end; ++j) sum[j] += mass * static_cast<double>(x[j]);
     }
 
-    /// Moves the centroids of clusters with members; how far, squared.
-    double update() {
+    /// Moves the centroids of clusters with members.
+    void update() {
         for_pieces(pieces_, a_.k, [&](int, int64_t first, int64_t last) {
             for (int64_t k = first; k < last; ++k) shifts_[k] = update_cluster(k);
         });
-        double shift = 0;
-        for (int64_t k = 0; k < a_.k; ++k) shift += shifts_[k];
-        return shift;
     }
 
     double update_cluster(int64_t k) {
@@ -183,14 +211,14 @@ class Solver {
         return squared_distance(c, before, a_.d);
     }
 
-    /// Puts empty clusters on the farthest rows of the largest cluster; whether any was moved.
-    bool reseed_empty() {
+    /// Puts empty clusters on the farthest rows of the largest cluster.
+    void reseed_empty() {
         int64_t empty = 0, largest = 0;
         for (int64_t k = 0; k < a_.k; ++k) {
             empty += members_[k] == 0;
             if (weights_[k] > weights_[largest]) largest = k;
         }
-        if (empty == 0) return false;
+        if (empty == 0) return;
         int64_t found = 0;
         for (int64_t row = 0; row < a_.n; ++row) {
             const bool free = fixed_ == nullptr || fixed_[row] < 0;
@@ -204,8 +232,8 @@ class Solver {
             if (members_[k] != 0) continue;
             const T* row = x_ + candidates_[next++].row * a_.d;
             for (int64_t j = 0; j < a_.d; ++j) centroids_[k * a_.d + j] = row[j];
+            shifts_[k] = squared_distance(row, before_ + k * a_.d, a_.d);
         }
-        return taken > 0;
     }
 
     double mean_variance() {
@@ -224,18 +252,18 @@ class Solver {
     }
 
     double inertia() {
-        const int64_t blocks = block_count(a_.n);
-        for_pieces(pieces_, blocks, [&](int, int64_t first, int64_t last) {
-            for (int64_t block = first; block < last; ++block) {
-                const int64_t end = block_end(block);
-                partial_[block] = 0;
-                for (int64_t row = block * kBlockRows; row < end; ++row)
-                    partial_[block] += static_cast<double>(weight(row)) *
-                                       squared_distance(x_ + row * a_.d, centroids_ + labels_[row] * a_.d, a_.d);
+        const int64_t spans = span_count(a_.n);
+        for_pieces(pieces_, spans, [&](int, int64_t first, int64_t last) {
+            for (int64_t span = first; span < last; ++span) {
+                const int64_t end = span_end(span, a_.n);
+                partial_[span] = 0;
+                for (int64_t row = span * kSpanRows; row < end; ++row)
+                    partial_[span] += static_cast<double>(weight(row)) *
+                                      squared_distance(x_ + row * a_.d, centroids_ + labels_[row] * a_.d, a_.d);
             }
         });
         double sum = 0;
-        for (int64_t block = 0; block < blocks; ++block) sum += partial_[block];
+        for (int64_t span = 0; span < spans; ++span) sum += partial_[span];
         return sum;
     }
 
@@ -246,10 +274,12 @@ class Solver {
     double* weights_;        // (K)
     int64_t* members_;       // (K) rows of positive weight
     double* shifts_;         // (K)
+    T* losses_;              // (K) what a row's gap loses by the centroids' last move
+    T* gaps_;                // (N) how much farther than its own centroid every other is, at least
     double* moments_;        // (D)
-    double* partial_;        // (blocks)
+    double* partial_;        // (spans)
     int32_t* previous_;      // (N) labels before this pass
-    int64_t* changed_;       // (blocks) rows relabelled by this pass
+    int64_t* changed_;       // (spans) rows relabelled by this pass
     Candidate* candidates_;  // (N)
     Search<T> search_;
 

@@ -19,8 +19,14 @@ constexpr int64_t kBlockRows = 48;  // a multiple of every kTileRows
 template <class T>
 constexpr int64_t kGroupWidth = 4 * products::kWidth<T>;  // columns whose products lie in the first-level cache at once
 
-inline int64_t block_count(int64_t n) {
-    return (n + kBlockRows - 1) / kBlockRows;
+constexpr int64_t kSpanRows = 8 * kBlockRows;  // rows of one unit of work; sums are split by these
+
+inline int64_t span_count(int64_t n) {
+    return (n + kSpanRows - 1) / kSpanRows;
+}
+
+inline int64_t span_end(int64_t span, int64_t n) {
+    return (span + 1) * kSpanRows < n ? (span + 1) * kSpanRows : n;
 }
 
 /// Cuts [0, count) into `pieces` and calls body(piece, begin, end): for kernels that keep one buffer per piece.
@@ -91,6 +97,18 @@ inline double squared_distance(const T* x, const T* c, int64_t d) {
     return sum;
 }
 
+/// A lower bound of |x - second| - |x - best| for scores |c|^2 - 2 x.c of float arithmetic over d features; `square` is |x|^2.
+/// Not above zero, or NaN, where rounding might turn the two.
+template <class T>
+inline T distance_gap(T best, T second, T square, int64_t d) {
+    constexpr T kEpsilon = sizeof(T) == 4 ? T(1.2e-7) : T(2.3e-16);
+    const T farther = second + square > 0 ? second + square : 0;
+    const T nearer = best + square > 0 ? best + square : 0;
+    const T error = kEpsilon * static_cast<T>(d + 16) * (3 * square + 2 * farther);  // |c|^2 <= 2 (|x|^2 + |x - c|^2)
+    return static_cast<T>((1 - 4 * kEpsilon) * __builtin_sqrt(farther > error ? farther - error : 0) -
+                          (1 + 4 * kEpsilon) * __builtin_sqrt(nearer + error));
+}
+
 /// K centroids ready for products.
 template <class T>
 struct Centres {
@@ -121,31 +139,31 @@ struct Centres {
     }
 };
 
-/// Finds the nearest centroids of one block at a time; one per thread, since it holds the buffers.
+/// Finds the nearest centroids of one block at a time; one per piece, since it holds the buffers.
 template <class T>
 class BlockAssigner {
    public:
     BlockAssigner(int64_t d, const Context& context)
         : rows_(context.scratch<T>(products::packed_rows_size<T>(kBlockRows, d))),
           products_(context.scratch<T>(kBlockRows * kGroupWidth<T>)),
-          best_(context.scratch<Value>(kBlockRows)),
-          index_(context.scratch<Index>(kBlockRows)) {}
+          best_(context.scratch<Best>(kBlockRows)) {}
 
-    /// The nearest centroids of x (rows, d), rows <= kBlockRows: the lowest of equals.
-    void assign(const Centres<T>& centres, const T* x, int64_t rows, int64_t* labels) {
-        products::pack_rows(x, rows, centres.d, centres.d, centres.shift, rows_);
-        for (int64_t row = 0; row < rows; ++row) {
-            best_[row] = Value{} + static_cast<T>(__builtin_inf());
-            index_[row] = Index{};
+    /// The nearest centroids of rows[0 .. count) of x, count <= kBlockRows: the lowest of equals. gaps[i] is a lower bound of
+    /// how much farther every other centroid is, not above zero where rounding may decide.
+    void assign(const Centres<T>& centres, const T* x, const int64_t* rows, int64_t count, int64_t* labels, T* gaps) {
+        pack(centres, x, rows, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const Value infinite = Value{} + static_cast<T>(__builtin_inf());
+            best_[i] = {infinite, infinite, Index{}};
         }
         const int64_t columns = products::panel_count<T>(centres.k) * products::kWidth<T>;
         for (int64_t first = 0; first < columns; first += kGroupWidth<T>) {
             const int64_t width = columns - first < kGroupWidth<T> ? columns - first : kGroupWidth<T>;
-            products::multiply(rows_, rows, rows, centres.d, centres.panels + first * centres.d, width / products::kWidth<T>,
+            products::multiply(rows_, count, count, centres.d, centres.panels + first * centres.d, width / products::kWidth<T>,
                                products_, kGroupWidth<T>);
-            for (int64_t row = 0; row < rows; ++row) keep_best(centres.norms + first, row, first, width);
+            for (int64_t i = 0; i < count; ++i) keep_best(centres.norms + first, i, first, width);
         }
-        for (int64_t row = 0; row < rows; ++row) labels[row] = lowest_of_best(row);
+        for (int64_t i = 0; i < count; ++i) labels[i] = lowest_of_best(centres.d, i, count, gaps + i);
     }
 
    private:
@@ -154,37 +172,74 @@ class BlockAssigner {
     using Lane = std::remove_reference_t<decltype(Index{}[0])>;
     static constexpr int kLanes = products::kLanes<T>;
 
-    /// Column by column in each lane, the first of equals stays.
-    void keep_best(const T* norms, int64_t row, int64_t first, int64_t width) {
-        Value best = best_[row];
-        Index index = index_[row];
-        for (int64_t column = 0; column < width; column += kLanes) {
-            const Value score = *reinterpret_cast<const Value*>(norms + column) -
-                                T(2) * *reinterpret_cast<const Value*>(products_ + row * kGroupWidth<T> + column);
-            const Index better = score < best;
-            best = better ? score : best;
-            index = better ? Index{} + static_cast<Lane>(first + column) : index;
+    /// Lane by lane: the least score, its column less the lane, and the least of the others.
+    struct Best {
+        Value score, second;
+        Index column;
+    };
+
+    void pack(const Centres<T>& centres, const T* x, const int64_t* rows, int64_t count) {
+        constexpr int64_t kChunk = products::kChunk<T>;
+        T* __restrict out = rows_;
+        for (int64_t begin = 0; begin < centres.d; begin += kChunk) {
+            const int64_t width = centres.d - begin < kChunk ? centres.d - begin : kChunk;
+            const T* __restrict shift = centres.shift + begin;
+            for (int64_t i = 0; i < count; ++i, out += kChunk) {
+                const T* __restrict row = x + rows[i] * centres.d + begin;
+                for (int64_t j = 0; j < width; ++j) out[j] = row[j] - shift[j];
+            }
         }
-        best_[row] = best;
-        index_[row] = index;
     }
 
-    int64_t lowest_of_best(int64_t row) const {
-        int64_t label = index_[row][0];
-        T score = best_[row][0];
-        for (int lane = 1; lane < kLanes; ++lane) {
-            const int64_t candidate = index_[row][lane] + lane;
-            const bool better = best_[row][lane] < score || (best_[row][lane] == score && candidate < label);
-            score = better ? best_[row][lane] : score;
-            label = better ? candidate : label;
+    void keep_best(const T* norms, int64_t i, int64_t first, int64_t width) {
+        Best best = best_[i];
+        for (int64_t column = 0; column < width; column += kLanes) {
+            const Value score = *reinterpret_cast<const Value*>(norms + column) -
+                                T(2) * *reinterpret_cast<const Value*>(products_ + i * kGroupWidth<T> + column);
+            const Index better = score < best.score;
+            const Value worse = better ? best.score : score;
+            best.second = worse < best.second ? worse : best.second;
+            best.score = better ? score : best.score;
+            best.column = better ? Index{} + static_cast<Lane>(first + column) : best.column;
         }
-        return label;
+        best_[i] = best;
+    }
+
+    int64_t lowest_of_best(int64_t d, int64_t i, int64_t count, T* gap) const {
+        const Best& best = best_[i];
+        int winner = 0;
+        for (int lane = 1; lane < kLanes; ++lane) {
+            const bool lower = best.column[lane] + lane < best.column[winner] + winner;
+            if (best.score[lane] < best.score[winner] || (best.score[lane] == best.score[winner] && lower)) winner = lane;
+        }
+        T second = best.second[winner];
+        for (int lane = 0; lane < kLanes; ++lane)
+            if (lane != winner && best.score[lane] < second) second = best.score[lane];
+        *gap = distance_gap<T>(best.score[winner], second, squared_norm(d, i, count), d);
+        return best.column[winner] + winner;
+    }
+
+    T squared_norm(int64_t d, int64_t i, int64_t count) const {
+        constexpr int64_t kChunk = products::kChunk<T>;
+        Value sums = {};
+        T tail = 0;
+        for (int64_t begin = 0; begin < d; begin += kChunk) {
+            const T* x = rows_ + begin * count + i * kChunk;
+            const int64_t width = d - begin < kChunk ? d - begin : kChunk;
+            int64_t j = 0;
+            for (; j + kLanes <= width; j += kLanes) {
+                const Value value = *reinterpret_cast<const Value*>(x + j);
+                sums += value * value;
+            }
+            for (; j < width; ++j) tail += x[j] * x[j];
+        }
+        for (int lane = 0; lane < kLanes; ++lane) tail += sums[lane];
+        return tail;
     }
 
     T* rows_;
     T* products_;
-    Value* best_;
-    Index* index_;
+    Best* best_;
 };
 
 /// One assigner per piece.

@@ -12,7 +12,7 @@ class Sampler {
     Sampler(const PlusPlus<T>& a, int pieces, const Context& context)
         : a_(a),
           pieces_(pieces),
-          blocks_(block_count(a.n)),
+          blocks_((a.n + kBlockRows - 1) / kBlockRows),
           masses_(context.scratch<T>(a.n)),
           block_masses_(context.scratch<double>(blocks_)),
           candidate_masses_(context.scratch<T>(a.candidates * a.n)),

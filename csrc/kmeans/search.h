@@ -42,32 +42,35 @@ class Search {
     void set_centroids(const T* centroids) {
         if constexpr (kCertifies<T>)
             if (certify_) {
-                for (int piece = 0; piece < pieces_; ++piece) scored_[piece] = 0;
+                for (int piece = 0; piece < pieces_; ++piece) scored_[piece] = searched_[piece] = 0;
                 return quantised_->prepare(pieces_, centroids);
             }
         centres_.prepare(pieces_, centroids);
     }
 
-    /// Labels of rows [begin, begin + count), a block at most.
-    void assign(int piece, int64_t begin, int64_t count, int64_t* labels) {
-        const T* x = x_ + begin * centres_.d;
+    /// Labels and gaps of rows[0 .. count), a block at most: see BlockAssigner.
+    void assign(int piece, const int64_t* rows, int64_t count, int64_t* labels, T* gaps) {
         if constexpr (kCertifies<T>)
             if (certify_) {
-                scored_[piece] += certified_[piece].assign(*rows_, *quantised_, x_, begin, count, exact_, labels);
+                searched_[piece] += count;
+                scored_[piece] += certified_[piece].assign(*rows_, *quantised_, x_, rows, count, exact_, labels, gaps);
                 return;
             }
-        assigners_[piece].assign(centres_, x, count, labels);
+        assigners_[piece].assign(centres_, x_, rows, count, labels, gaps);
     }
 
     /// After a pass: goes over to float products where the bounds have left too much undecided to pay.
     void adapt() {
         if constexpr (kCertifies<T>) {
             if (!certify_) return;
-            int64_t scored = 0;
-            for (int piece = 0; piece < pieces_; ++piece) scored += scored_[piece];
-            const double one_by_one = static_cast<double>(scored) * static_cast<double>(centres_.d + 256) / 8;
-            const double all = static_cast<double>(n_) * static_cast<double>(centres_.k) * static_cast<double>(centres_.d) / 32;
-            certify_ = one_by_one < 0.6 * all;
+            double scored = 0, searched = 0;
+            for (int piece = 0; piece < pieces_; ++piece) {
+                scored += static_cast<double>(scored_[piece]);
+                searched += static_cast<double>(searched_[piece]);
+            }
+            const auto d = static_cast<double>(centres_.d);
+            const auto columns = static_cast<double>(products::panel_count<T>(centres_.k) * products::kWidth<T>);
+            certify_ = scored * (d + 256) / 8 < searched * columns * d / 32 * 0.75;  // cycles, roughly
         }
     }
 
@@ -77,6 +80,7 @@ class Search {
         rows_ = new (context.scratch<QuantisedRows>(1)) QuantisedRows(n_, d, pieces_, context);
         quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(centres_.k, d, mean_, context);
         scored_ = context.scratch<int64_t>(pieces_);
+        searched_ = context.scratch<int64_t>(pieces_);
         certified_ = context.scratch<CertifiedAssigner<T>>(pieces_);
         for (int piece = 0; piece < pieces_; ++piece) new (certified_ + piece) CertifiedAssigner<T>(d, context);
     }
@@ -94,7 +98,8 @@ class Search {
     QuantisedRows* rows_ = nullptr;
     QuantisedCentres* quantised_ = nullptr;
     CertifiedAssigner<T>* certified_ = nullptr;
-    int64_t* scored_ = nullptr;  // float scores of this pass, per piece
+    int64_t* scored_ = nullptr;    // float scores of this pass, per piece
+    int64_t* searched_ = nullptr;  // rows of this pass, per piece
 };
 
 }  // namespace fastclust::kmeans::FASTCLUST_CAPABILITY
