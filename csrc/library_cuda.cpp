@@ -7,6 +7,7 @@
 #include "common/tensor.h"
 #include "diffusion/diffusion.h"
 #include "kmeans/kmeans.h"
+#include "knn/knn.h"
 #include "pairwise_kl/pairwise_kl.h"
 #include "soft_assign/soft_assign.h"
 
@@ -25,6 +26,7 @@ void offer_kernels() {
     finite::cuda_kernels<T>() = &finite::cuda::kernels<T>();
     diffusion::cuda_kernels<T>() = &diffusion::cuda::kernels<T>();
     kmeans::cuda_kernels<T>() = &kmeans::cuda::kernels<T>();
+    knn::cuda_kernels<T>() = &knn::cuda::kernels<T>();
     pairwise_kl::cuda_kernels<T>() = &pairwise_kl::cuda::kernels<T>();
     soft_assign::cuda_kernels<T>() = &soft_assign::cuda::kernels<T>();
 }
