@@ -1,6 +1,6 @@
 """Registers and spills of every CUDA kernel per architecture, as ptxas tells them: the table of docs/kernels.md.
 
-    python benches/kernel_resources.py [--architectures "80;90a"]
+    python benches/kernel_resources.py [--architectures "80;90a"] [--room knn]
 
 Compiles each csrc/*/*_cuda.cu as the build does; needs nvcc and c++filt, no GPU.
 """
@@ -55,8 +55,10 @@ def readable(mangled: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", default=default_architectures())
-    architectures = parser.parse_args().architectures.split(";")
-    sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+    parser.add_argument("--room", default="*", help="a folder of csrc")
+    arguments = parser.parse_args()
+    architectures = arguments.architectures.split(";")
+    sources = sorted((ROOT / "csrc").glob(f"{arguments.room}/*_cuda.cu"))
     start = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = list(pool.map(lambda source: compile_verbosely(source, architectures), sources))

@@ -1,10 +1,8 @@
 // Exact search: scores tile by tile in registers, each against its query's running threshold; what passes goes to the query's
 // list, which a warp sorts and cuts to k when it is nearly full. Only the lists touch memory, never the M x N scores.
-#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
-#include "common/sort_cuda.h"
 #include "common/tile_cuda.h"
 #include "knn/knn_cuda.h"
 
@@ -25,81 +23,10 @@ using fastclust::cuda::warp_sum;
 constexpr int kRows = 64, kCols = 64, kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-template <class T>
-struct Candidate {
-    T score;
-    int32_t index;
-};
-
-/// Higher scores first, of equal scores the lower index.
-template <class T>
-__device__ bool ranks_before(const Candidate<T>& a, const Candidate<T>& b) {
-    return a.score > b.score || (a.score == b.score && a.index < b.index);
-}
-
-template <class T>
-struct Task {
-    Search<T> a;
-    const T* x;                 // (N, D) as prepared
-    const T* queries;           // (M, D) as prepared
-    int64_t splits, per_split;  // of the tiles of x
-    int64_t capacity;           // candidates a list holds
-    Candidate<T>* lists;        // (gridDim.x, 64, capacity)
-    Candidate<T>* found;        // (M, splits, k) where there are several splits
-};
-
 template <class T, class Op>
 struct SearchShared {
     typename PairTile<T, Op>::Shared tile;
-    Candidate<T> worst[kRows];  // the k-th of a full list: who does not rank before it is out
-    int count[kRows];
-};
-
-template <class T>
-__device__ void put(const Search<T>& a, int64_t query, int64_t place, const Candidate<T>& candidate) {
-    const T score = candidate.score;
-    a.values[query * a.k + place] = a.metric == Metric::euclidean ? sqrt(-2 * score) : score;
-    a.indices[query * a.k + place] = candidate.index;
-}
-
-template <class T, class Op>
-struct Lists {
-    const Task<T>& task;
-    Candidate<T>* own;  // this block's
-    SearchShared<T, Op>& shared;
-
-    __device__ void clear() const {
-        __syncthreads();
-        for (int row = threadIdx.x; row < kRows; row += kThreads) {
-            shared.worst[row] = {-static_cast<T>(INFINITY), INT32_MAX};
-            shared.count[row] = 0;
-        }
-        __syncthreads();
-    }
-
-    __device__ void offer(int row, T score, int64_t index) const {
-        const Candidate<T> candidate{score == score ? score : -static_cast<T>(INFINITY), static_cast<int32_t>(index)};
-        if (!ranks_before(candidate, shared.worst[row])) return;
-        own[row * task.capacity + atomicAdd(&shared.count[row], 1)] = candidate;
-    }
-
-    /// Sorts and cuts the lists that have no room for another tile, or all of them.
-    __device__ void shrink(bool all) const {
-        const int lane = threadIdx.x % kWarp;
-        __syncthreads();
-        for (int row = threadIdx.x / kWarp; row < kRows; row += kWarps) {
-            const int count = shared.count[row];
-            if (!all && count + kCols <= task.capacity) continue;
-            Candidate<T>* list = own + row * task.capacity;
-            warp_sort(list, count, [](const auto& a, const auto& b) { return ranks_before(a, b); });
-            __syncwarp();
-            if (lane == 0 && count >= task.a.k) {
-                shared.count[row] = static_cast<int>(task.a.k);
-                shared.worst[row] = list[task.a.k - 1];
-            }
-        }
-        __syncthreads();
-    }
+    typename Lists<T, kRows, kCols>::Shared lists;
 };
 
 /// One block per 64 queries and split; blocks take further pieces in turn, so that only as many lists exist as blocks.
@@ -109,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) search_tiles(Task<T> task) {
     constexpr int kSide = Tile::kSide;
     const Search<T>& a = task.a;
     auto& shared = *shared_memory<SearchShared<T, Op>>();
-    const Lists<T, Op> lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared};
+    const Lists<T, kRows, kCols> lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
     const int64_t tiles = ceil_div(a.n, kCols);
     for (int64_t piece = blockIdx.x; piece < ceil_div(a.m, kRows) * task.splits; piece += gridDim.x) {
         const int64_t start = piece / task.splits * kRows, split = piece % task.splits;
@@ -121,25 +48,16 @@ __global__ void __launch_bounds__(kThreads) search_tiles(Task<T> task) {
                       [&](int j) { return first + j < a.n ? task.x + (first + j) * a.d : nullptr; }, a.d, shared.tile, sum);
             for (int i = 0; i < kSide; ++i)
                 for (int j = 0; j < kSide; ++j) {
-                    const int64_t query = start + Tile::first_row() + i, index = first + Tile::first_col() + j;
+                    const int row = Tile::first_row() + i;
+                    const int64_t query = start + row, index = first + Tile::first_col() + j;
                     if (query >= a.m || index >= a.n || (a.queries == nullptr && query == index)) continue;
-                    lists.offer(Tile::first_row() + i, a.metric == Metric::euclidean ? -sum[i][j] / 2 : sum[i][j], index);
+                    const auto found = lists.candidate(a.metric == Metric::euclidean ? -sum[i][j] / 2 : sum[i][j], index);
+                    if (ranks_before(found, shared.lists.worst[row])) lists.add(row, found);
                 }
             lists.shrink(false);
         }
         lists.shrink(true);
-        for (int64_t e = threadIdx.x; e < kRows * a.k; e += kThreads) {
-            const int64_t row = e / a.k, place = e % a.k, query = start + row;
-            if (query >= a.m) continue;
-            // A split may hold fewer than k rows: it leaves candidates that rank behind all others.
-            const bool there = place < shared.count[row];
-            const Candidate<T> candidate =
-                there ? lists.own[row * task.capacity + place] : Candidate<T>{-static_cast<T>(INFINITY), INT32_MAX};
-            if (task.splits == 1)
-                put(a, query, place, candidate);
-            else
-                task.found[(query * task.splits + split) * a.k + place] = candidate;
-        }
+        lists.hand_over(start, split);
     }
 }
 
@@ -183,29 +101,28 @@ const T* prepare(const T* x, int64_t rows, const Search<T>& a, const Context& co
     return out;
 }
 
-int multiprocessors() {
-    int device = 0, count = 0;
-    fastclust::cuda::check(cudaGetDevice(&device), "knn");
-    fastclust::cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "knn");
-    return count;
-}
-
 template <class T, class Op>
-void run(Task<T>& task, const Context& context) {
-    constexpr int64_t kBlocksPerProcessor = 2;
-    const Search<T>& a = task.a;
-    const int64_t wanted = kBlocksPerProcessor * multiprocessors(), tiles = ceil_div(a.n, kCols),
-                  queries = ceil_div(a.m, kRows);
-    task.per_split = ceil_div(tiles, std::clamp<int64_t>(wanted / queries, 1, tiles));
-    task.splits = ceil_div(tiles, task.per_split);
-    task.capacity = 2 * a.k + 2 * kCols;
-    const int64_t blocks = std::min(wanted, queries * task.splits);
-    task.lists = context.scratch<Candidate<T>>(blocks * kRows * task.capacity);
-    if (task.splits > 1) task.found = context.scratch<Candidate<T>>(a.m * task.splits * a.k);
+void search_directly(Task<T>& task, const Context& context) {
+    const int64_t blocks = plan(task, kRows, kCols, context);
     launch("search_tiles", search_tiles<T, Op>, grid_of(blocks), dim3(kThreads), sizeof(SearchShared<T, Op>), context.stream,
            task);
-    if (task.splits > 1)
-        launch("merge_splits", merge_splits<T>, grid_of(ceil_div(a.m, kWarps)), dim3(kThreads), 0, context.stream, task);
+}
+
+/// Whether the halves are worth making.
+template <class T>
+bool wants_filter(const Search<T>& a) {
+    return sizeof(T) == sizeof(float) && a.d >= 16 && a.n >= 128;
+}
+
+template <class T>
+void run(Task<T>& task, const Context& context) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (wants_filter(task.a)) return search_filtered(task, context);
+    }
+    if (task.a.metric == Metric::euclidean)
+        search_directly<T, SquaredDifference>(task, context);
+    else
+        search_directly<T, Product>(task, context);
 }
 
 template <class T>
@@ -219,10 +136,9 @@ void search(const Search<T>& a, const Context& context) {
     if (a.m == 0 || a.k == 0) return;
     Task<T> task{a, prepare(a.x, a.n, a, context), nullptr, 0, 0, 0, nullptr, nullptr};
     task.queries = a.queries == nullptr ? task.x : prepare(a.queries, a.m, a, context);
-    if (a.metric == Metric::euclidean)
-        run<T, SquaredDifference>(task, context);
-    else
-        run<T, Product>(task, context);
+    run(task, context);
+    if (task.splits > 1)
+        launch("merge_splits", merge_splits<T>, grid_of(ceil_div(a.m, kWarps)), dim3(kThreads), 0, context.stream, task);
 }
 
 template void search(const Search<float>&, const Context&);

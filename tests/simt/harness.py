@@ -34,7 +34,7 @@ def build(folder: Path) -> Path:
     binary = folder / "worker"
     objects, running = [], []
     for source, options in jobs:
-        objects.append(folder / f"{source.name}.o")
+        objects.append(folder / f"{source.parent.name}_{source.name}.o")
         if objects[-1].exists() and objects[-1].stat().st_mtime > max(headers, source.stat().st_mtime):
             continue
         binary.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+#include "knn/knn_cuda.h"
+
+namespace fastclust::knn::cuda {
+namespace {
+
+using fastclust::cuda::ceil_div;
+using fastclust::cuda::grid_of;
+using fastclust::cuda::Half;
+using fastclust::cuda::HalfTile;
+using fastclust::cuda::kAllLanes;
+using fastclust::cuda::kWarp;
+using fastclust::cuda::launch;
+using fastclust::cuda::padded_depth;
+using fastclust::cuda::RowInfo;
+using fastclust::cuda::shared_memory;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+/// Rows in half precision.
+struct Rounded {
+    const Half* halves;    // (rows, padded D)
+    const RowInfo* info;   // (rows)
+    const float* squares;  // (rows) |x - shift|^2
+};
+
+__global__ void __launch_bounds__(kThreads)
+    round_rows(const float* x, int64_t rows, int64_t d, const float* shift, Half* halves, RowInfo* info, float* squares) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t stride = int64_t(gridDim.x) * kWarps;
+    for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
+        const RowInfo found = fastclust::cuda::round_row(x + row * d, shift, d, halves + row * padded_depth(d));
+        double square = 0;
+        for (int64_t t = lane; t < d; t += kWarp) {
+            const double moved = double(x[row * d + t]) - (shift == nullptr ? 0.0 : double(shift[t]));
+            square += moved * moved;
+        }
+        square = fastclust::cuda::warp_sum(square);
+        if (lane != 0) continue;
+        info[row] = found;
+        squares[row] = static_cast<float>(square);
+    }
+}
+
+/// Every block leaves the greatest of its rows at worst[1 + block], the last launch of one block that of all at worst[0].
+__global__ void __launch_bounds__(kThreads) reduce_worst(const RowInfo* info, int64_t rows, float2* worst, int blocks) {
+    auto* slots = shared_memory<float2>();
+    float2 greatest{0, 0};
+    const auto take = [&](float norm, float error) {
+        greatest.x = fmaxf(greatest.x, norm);
+        greatest.y = fmaxf(greatest.y, error);
+    };
+    if (info != nullptr) {
+        const int64_t stride = int64_t(gridDim.x) * kThreads;
+        for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows; row += stride)
+            take(info[row].norm, info[row].error);
+    } else {
+        for (int block = threadIdx.x; block < blocks; block += kThreads) take(worst[1 + block].x, worst[1 + block].y);
+    }
+    for (int bits = kWarp / 2; bits > 0; bits /= 2)
+        take(__shfl_xor_sync(kAllLanes, greatest.x, bits), __shfl_xor_sync(kAllLanes, greatest.y, bits));
+    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = greatest;
+    __syncthreads();
+    for (int warp = 0; warp < kWarps; ++warp) take(slots[warp].x, slots[warp].y);
+    if (threadIdx.x == 0) worst[info != nullptr ? 1 + blockIdx.x : 0] = greatest;
+}
+
+struct FilterTask {
+    Task<float> task;
+    Rounded x, queries;
+    const float2* worst;  // (1) the greatest norm and the greatest error of a row of x
+};
+
+using HalfLists = Lists<float, HalfTile::kRows, HalfTile::kCols>;
+
+struct FilterShared {
+    HalfTile::Shared tile;
+    HalfLists::Shared lists;
+    int scored[HalfTile::kRows];  // how many of a list's candidates have their score in float
+    float error[HalfTile::kRows];
+};
+
+/// How far a score in half precision of this query may be from the truth, for any row of x: the error of the product as
+/// half_tile_cuda.h bounds it, and the rounding of squares and sums.
+__device__ float score_error(const RowInfo& query, float2 worst, int64_t depth, bool exact) {
+    constexpr float kLikely = 0.125f;  // of the bound, where errors of the elements are taken as random
+    const float norm = worst.x + worst.y, own = query.norm + query.error;
+    const float product = query.error * norm + query.norm * worst.y + float(depth) * 0x1p-22f * query.norm * worst.x;
+    return (exact ? 1 : kLikely) * product + 0x1p-21f * (own * own + norm * norm);
+}
+
+/// The score in float of a candidate, for every lane of the warp that calls; equal rows get equal scores.
+__device__ float score_exactly(const float* query, const float* x, const Search<float>& a) {
+    float sum = 0;
+    for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp)
+        sum += a.metric == Metric::euclidean ? (query[t] - x[t]) * (query[t] - x[t]) : query[t] * x[t];
+    sum = fastclust::cuda::warp_sum(sum);
+    return a.metric == Metric::euclidean ? -sum / 2 : sum;
+}
+
+/// One block per 128 queries and split, as search_tiles.
+__global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask f) {
+    constexpr int kRows = HalfTile::kRows, kCols = HalfTile::kCols;
+    const Task<float>& task = f.task;
+    const Search<float>& a = task.a;
+    auto& shared = *shared_memory<FilterShared>();
+    const HalfLists lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
+    const int64_t tiles = ceil_div(a.n, kCols), depth = padded_depth(a.d);
+    const bool euclidean = a.metric == Metric::euclidean;
+    for (int64_t piece = blockIdx.x; piece < ceil_div(a.m, kRows) * task.splits; piece += gridDim.x) {
+        const int64_t start = piece / task.splits * kRows, split = piece % task.splits;
+        lists.clear();
+        for (int row = threadIdx.x; row < kRows; row += kThreads) {
+            shared.scored[row] = 0;
+            shared.error[row] = start + row < a.m ? score_error(f.queries.info[start + row], *f.worst, depth, a.exact) : 0;
+        }
+        for (int64_t tile = split * task.per_split; tile < (split + 1) * task.per_split && tile < tiles; ++tile) {
+            const int64_t first = tile * kCols;
+            float sum[HalfTile::kDown][HalfTile::kAcross][4];
+            HalfTile::run(f.queries.halves + start * depth, a.m - start, f.x.halves + first * depth, a.n - first, depth,
+                          shared.tile, sum);
+#pragma unroll
+            for (int i = 0; i < HalfTile::kDown; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = HalfTile::row_of(i, 2 * half);
+                    const int64_t query = start + row;
+                    if (query >= a.m) continue;
+                    const float factor = f.queries.info[query].factor, square = euclidean ? f.queries.squares[query] : 0;
+                    const float limit = shared.lists.worst[row].score - shared.error[row];
+#pragma unroll
+                    for (int j = 0; j < HalfTile::kAcross; ++j)
+#pragma unroll
+                        for (int side = 0; side < 2; ++side) {
+                            const int64_t index = first + HalfTile::col_of(j, side);
+                            if (index >= a.n) continue;
+                            float score = sum[i][j][2 * half + side] * factor * f.x.info[index].factor;
+                            if (euclidean) score -= (square + f.x.squares[index]) / 2;
+                            if (score < limit || (a.queries == nullptr && query == index)) continue;
+                            lists.add(row, {0, static_cast<int32_t>(index)});
+                        }
+                }
+            __syncthreads();
+            for (int row = threadIdx.x / kWarp; row < kRows; row += kWarps)
+                for (int e = shared.scored[row]; e < shared.lists.count[row]; ++e) {
+                    Candidate<float>& candidate = lists.own[row * task.capacity + e];
+                    const float score = score_exactly(task.queries + (start + row) * a.d, task.x + candidate.index * a.d, a);
+                    if (threadIdx.x % kWarp == 0) candidate.score = HalfLists::candidate(score, 0).score;
+                }
+            lists.shrink(false);
+            for (int row = threadIdx.x; row < kRows; row += kThreads) shared.scored[row] = shared.lists.count[row];
+        }
+        lists.shrink(true);
+        lists.hand_over(start, split);
+    }
+}
+
+Rounded round_all(const float* x, int64_t rows, int64_t d, const float* shift, const Context& context) {
+    auto* halves = context.scratch<Half>(rows * padded_depth(d));
+    auto* info = context.scratch<RowInfo>(rows);
+    auto* squares = context.scratch<float>(rows);
+    launch("round_rows", round_rows, grid_of(ceil_div(rows, kWarps)), dim3(kThreads), 0, context.stream, x, rows, d, shift,
+           halves, info, squares);
+    return {halves, info, squares};
+}
+
+const float2* find_worst(const Rounded& rows, int64_t count, const Context& context) {
+    constexpr int kBlocks = 64;
+    auto* worst = context.scratch<float2>(1 + kBlocks);
+    const size_t shared = kWarps * sizeof(float2);
+    launch("reduce_worst", reduce_worst, dim3(kBlocks), dim3(kThreads), shared, context.stream, rows.info, count, worst,
+           kBlocks);
+    launch("reduce_worst", reduce_worst, dim3(1), dim3(kThreads), shared, context.stream, nullptr, int64_t{0}, worst, kBlocks);
+    return worst;
+}
+
+}  // namespace
+
+void search_filtered(Task<float>& task, const Context& context) {
+    const Search<float>& a = task.a;
+    // Distances do not change with a shift, and the first row is near the others more often than the origin is.
+    const float* shift = a.metric == Metric::euclidean ? task.x : nullptr;
+    const Rounded x = round_all(task.x, a.n, a.d, shift, context);
+    const Rounded queries = a.queries == nullptr ? x : round_all(task.queries, a.m, a.d, shift, context);
+    const float2* worst = find_worst(x, a.n, context);
+    const int64_t blocks = plan(task, HalfTile::kRows, HalfTile::kCols, context);
+    launch("filter_tiles", filter_tiles, grid_of(blocks), dim3(kThreads), sizeof(FilterShared), context.stream,
+           FilterTask{task, x, queries, worst});
+}
+
+}  // namespace fastclust::knn::cuda
