@@ -4,6 +4,28 @@
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 namespace {
 
+/// |x - c|^2 in T: exactly zero where the rows are equal.
+template <class T>
+T squared_difference(const T* x, const T* c, int64_t d) {
+    typedef T Unaligned __attribute__((vector_size(products::kVectorBytes), aligned(sizeof(T)), may_alias));
+    constexpr int kLanes = products::kLanes<T>;
+    Unaligned even = {}, odd = {};
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= d; j += 2 * kLanes) {
+        const Unaligned left = *reinterpret_cast<const Unaligned*>(x + j) - *reinterpret_cast<const Unaligned*>(c + j);
+        const Unaligned right =
+            *reinterpret_cast<const Unaligned*>(x + j + kLanes) - *reinterpret_cast<const Unaligned*>(c + j + kLanes);
+        even += left * left;
+        odd += right * right;
+    }
+    T sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = even[lane] + odd[lane];
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    for (; j < d; ++j) sums[0] += (x[j] - c[j]) * (x[j] - c[j]);
+    return sums[0];
+}
+
 /// Draws the rows of one problem and start after another. masses_[i] is w_i times the squared distance of row i to its nearest
 /// pick; its sums per block of rows make a draw cheap, and are added up in order so that threads do not matter.
 template <class T>
@@ -107,8 +129,8 @@ class Sampler {
                     T* left = candidate_masses_ + l * a_.n;
                     double sum = 0;
                     for (int64_t row = begin_of(block); row < end_of(block); ++row) {
-                        const T mass = (weights_ == nullptr ? T(1) : weights_[row]) *
-                                       static_cast<T>(squared_distance(x_ + row * a_.d, candidate, a_.d));
+                        const T mass =
+                            (weights_ == nullptr ? T(1) : weights_[row]) * squared_difference(x_ + row * a_.d, candidate, a_.d);
                         left[row] = first || mass < masses_[row] ? mass : masses_[row];
                         sum += static_cast<double>(left[row]);
                     }
