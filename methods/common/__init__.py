@@ -1,0 +1,1 @@
+"""What every paper's trainer shares: settings, data, networks, augmentation, the run's folder and its report."""

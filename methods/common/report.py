@@ -1,0 +1,165 @@
+"""report.html: one page, nothing to load from elsewhere, that a person would rather look at than read."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.common.data import ImageData
+
+_EMBEDDED, _SHOWN = 1000, 24  # images in the embedding, images in each gallery
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; margin-bottom: 0; } h2 { font-size: 1.1em; margin: 2em 0 .3em; }
+p { margin: .3em 0; color: #555; } img { max-width: 100%; }
+dl { display: flex; flex-wrap: wrap; gap: .5em 2.5em; } dt { color: #777; font-size: .85em; }
+dd { margin: 0; font-size: 1.4em; }
+.gallery { display: flex; flex-wrap: wrap; gap: 6px; } figure { margin: 0; width: 78px; text-align: center; }
+figure img { width: 72px; image-rendering: pixelated; } figcaption { font-size: .72em; color: #555; line-height: 1.2; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a heading, a sentence that says how to read it, and pictures as HTML."""
+
+    heading: str
+    caption: str
+    body: str
+
+
+def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
+    """The page as HTML text; `facts` are the few figures that stand at its head."""
+    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>']
+    parts.append(f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><dl>")
+    parts += [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()]
+    parts.append("</dl>")
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.heading)}</h2><p>{html.escape(section.caption)}</p>{section.body}")
+    return "\n".join([*parts, "</html>\n"])
+
+
+def classification_sections(data: ImageData, probability: Tensor, features: Tensor) -> list[Section]:
+    """Confusion matrix, embedding, most and least certain images of the test images.
+
+    Args:
+        data: on the CPU.
+        probability: (N, C), of the test images.
+        features: (N, D), of the test images.
+    """
+    confidence, predicted = probability.max(dim=1)
+    order = confidence.argsort(descending=True, stable=True)
+    names = [name[:8] for name in data.class_names]
+
+    def shown(indices: Tensor) -> str:
+        titles = [f"{names[predicted[i]]} {100 * confidence[i]:.0f} %" for i in indices]
+        return gallery(data.x_test[indices], titles)
+
+    some = torch.linspace(0, len(features) - 1, min(len(features), _EMBEDDED)).long()
+    return [
+        Section("Confusion matrix", "Test images; a row is a true class.", confusion(data.y_test, predicted, names)),
+        Section(
+            "Features",
+            f"{len(some)} test images by t-SNE of the network's features, coloured by true class.",
+            embedding(features[some], data.y_test[some], names),
+        ),
+        Section("Least certain test images", "Predicted class and confidence.", shown(order.flip(0)[:_SHOWN])),
+        Section("Most certain test images", "Predicted class and confidence.", shown(order[:_SHOWN])),
+    ]
+
+
+def curves(history: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]) -> str:
+    """Curves over epochs, a panel per title; each panel maps a metric's name to the name shown for it."""
+    shown = {
+        title: {metric: name for metric, name in lines.items() if any(metric in row for row in history)}
+        for title, lines in panels.items()
+    }
+    shown = {title: lines for title, lines in shown.items() if lines}
+    figure, axes = _figure((3.5 * len(shown), 3.2), 1, len(shown))
+    for axis, (title, lines) in zip(axes, shown.items(), strict=True):
+        for metric, name in lines.items():
+            rows = [row for row in history if row.get(metric) is not None]
+            axis.plot([row["epoch"] for row in rows], [row[metric] for row in rows], label=name)
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+    return _drawn(figure, "curves over the epochs")
+
+
+def confusion(truth: Tensor, predicted: Tensor, class_names: Sequence[str]) -> str:
+    """Confusion matrix, rows: true classes. Counts are written in where there is room."""
+    n_classes = len(class_names)
+    counts = np.zeros((n_classes, n_classes), dtype=int)
+    np.add.at(counts, (truth.numpy(), predicted.numpy()), 1)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, (axis,) = _figure((5.5, 5.5))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if n_classes <= 20:
+        axis.set_xticks(range(n_classes), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
+        axis.set_yticks(range(n_classes), class_names)
+        for row, column in np.argwhere(counts):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axis.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    return _drawn(figure, "confusion matrix")
+
+
+def embedding(features: Tensor, classes: Tensor, class_names: Sequence[str]) -> str:
+    """Features (N, D) laid out in two dimensions by t-SNE, coloured by class (N,)."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, max((len(features) - 1) / 3, 1.0))
+    layout = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(features.numpy())
+    figure, (axis,) = _figure((7.5, 6.0))
+    points = axis.scatter(
+        *layout.T, c=classes.numpy(), cmap="tab10" if len(class_names) <= 10 else "nipy_spectral", s=9
+    )
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if len(class_names) <= 20:
+        handles, _ = points.legend_elements(num=range(len(class_names)))
+        axis.legend(handles, class_names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return _drawn(figure, "features in two dimensions")
+
+
+def gallery(images: Tensor, titles: Sequence[str]) -> str:
+    """Images uint8 (N, C, H, W) side by side, each with a title under it."""
+    from PIL import Image
+
+    parts = []
+    for image, title in zip(images, titles, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(buffer, format="png")
+        parts.append(f"<figure>{_img(buffer, title)}<figcaption>{html.escape(title)}</figcaption></figure>")
+    return f'<div class="gallery">{"".join(parts)}</div>'
+
+
+def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure outside pyplot, so that nothing has to be closed and no display is looked for; size in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _drawn(figure: Any, what: str) -> str:
+    """The figure as an <img>."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _img(buffer, what)
+
+
+def _img(png: io.BytesIO, what: str) -> str:
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">'

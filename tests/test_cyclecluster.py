@@ -1,0 +1,301 @@
+"""CycleCluster: each step against its equation, the loop on real digits, runs cut short, a user's errors."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastclust
+from methods import cyclecluster, predict
+from methods.common.config import launch
+from methods.common.data import choose_labelled, load
+from methods.common.run import load_checkpoint
+from methods.common.training import cosine
+from methods.cyclecluster import PRESETS, Config, Learner, match_ids, train
+
+
+class NoProgress:
+    def step(self, title: str) -> None:
+        pass
+
+
+@pytest.fixture
+def stripes(tmp_path: Path) -> Path:
+    """Three classes of 8 x 8 images, stripes at three angles under noise: learnt in seconds."""
+    rng = np.random.default_rng(0)
+    row, column = np.indices((8, 8))
+    patterns = np.stack([row % 4 < 2, column % 4 < 2, (row + column) % 4 < 2])
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        classes = np.arange(n) % 3
+        images = patterns[classes] * 120 + rng.integers(0, 136, (n, 8, 8))
+        return images.astype(np.uint8), classes
+
+    x_train, y_train = draw(150)
+    x_test, y_test = draw(30)
+    path = tmp_path / "stripes.npz"
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path
+
+
+@pytest.fixture
+def small(stripes: Path, tmp_path: Path) -> Config:
+    """Settings of a run that takes a second or two."""
+    return dataclasses.replace(
+        PRESETS["digits"],
+        data=f"npz:{stripes}",
+        labels=9,
+        runs=str(tmp_path / "runs"),
+        epochs=3,
+        anneal_end=4,
+        clusters=6,
+        neighbours=10,
+        batch_labelled=12,
+        batch_unlabelled=12,
+    )
+
+
+@pytest.fixture
+def learner(small: Config) -> Learner:
+    data = load(small.data, seed=0)
+    given = torch.full_like(data.y_train, -1)
+    labelled = choose_labelled(data.y_train, small.labels, 3, 0)
+    given[labelled] = data.y_train[labelled]
+    learner = Learner(small, data, given)
+    learner.progress = NoProgress()
+    learner.start_epoch(0)
+    return learner
+
+
+# -------------------------------------------------------------------------------------------------- steps and equations
+
+
+def test_ids_are_matched_to_the_outputs_that_agree_most() -> None:
+    truth = torch.randint(6, (300,))
+    order = torch.randperm(6)
+    probability = F.one_hot(order[truth], 6).float() * 0.5 + torch.rand(300, 6) * 0.2
+    assert torch.equal(match_ids(truth, probability), order[truth])
+
+
+def test_cluster_pass_shows_each_image_once_with_its_cluster(learner: Learner, monkeypatch) -> None:
+    clusters = torch.randint(6, (150,))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(learner, "augment", lambda images: seen.append(images) or images.float() / 255)
+    targets: list[torch.Tensor] = []
+    plain = F.cross_entropy
+    monkeypatch.setattr(cyclecluster.F, "cross_entropy", lambda logits, y: targets.append(y) or plain(logits, y))
+    learner.cluster_pass(clusters, "")
+    images, labels = torch.cat(seen), torch.cat(targets)
+    for image, label in zip(images, labels, strict=True):
+        index = (learner.data.x_train == image).flatten(1).all(1).nonzero()
+        assert clusters[index] == label
+    assert len(images.flatten(1).unique(dim=0)) == len(learner.data.x_train.flatten(1).unique(dim=0))
+
+
+def test_class_pass_is_equation_6(learner: Learner, monkeypatch) -> None:
+    n = len(learner.given)
+    pseudo = fastclust.PseudoLabels(
+        torch.randint(3, (n,)), torch.rand(n), torch.tensor([0.5, 1.0, 2.0]), torch.rand(n, 3)
+    )
+    pseudo.weights[learner.labelled] = 1.0
+    pseudo.labels[learner.labelled] = learner.given[learner.labelled]
+    per_image = torch.rand(n)
+    batches: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
+    monkeypatch.setattr(learner, "class_loss", lambda batch, _: batches.append(batch) or per_image[batch])
+    monkeypatch.setattr(learner, "update", lambda loss, _: losses.append(loss) or loss)
+    learner.class_pass(pseudo, "")
+    zeta = pseudo.class_weights[pseudo.labels]
+    for batch, loss in zip(batches, losses, strict=True):
+        known = learner.given[batch] >= 0
+        assert int(known.sum()) == learner.config.batch_labelled
+        labelled, unlabelled = batch[known], batch[~known]
+        expected = (zeta * per_image)[labelled].mean() + (zeta * pseudo.weights * per_image)[unlabelled].mean()
+        torch.testing.assert_close(loss, expected)
+    visited = torch.cat(batches)
+    assert torch.equal(visited[learner.given[visited] < 0].sort().values, learner.unlabelled)
+
+
+def test_one_cosine_runs_over_both_passes(learner: Learner, monkeypatch) -> None:
+    rates: list[float] = []
+    step = learner.optimizer.step
+    monkeypatch.setattr(
+        learner.optimizer, "step", lambda: rates.append(learner.optimizer.param_groups[0]["lr"]) or step()
+    )
+    learner.start_epoch(1)
+    metrics: dict = {}
+    features = learner.features(learner.data.x_train)
+    learner.cluster_pass(learner.cluster_pseudo_labels(features, metrics), "")
+    learner.class_pass(learner.class_pseudo_labels(features, metrics), "")
+    config = learner.config
+    n_steps = learner.cluster_steps + learner.class_steps
+    expected = [cosine(config.lr, 1 + i / n_steps, config.anneal_end) for i in range(n_steps)]
+    assert rates == pytest.approx(expected)
+
+
+def test_pseudo_labels_keep_the_given_labels_and_find_the_others(learner: Learner) -> None:
+    metrics: dict = {}
+    features = learner.features(learner.data.x_train)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(150))
+    pseudo = learner.class_pseudo_labels(features, metrics)
+    assert torch.equal(pseudo.labels[learner.labelled], learner.given[learner.labelled])
+    clusters = learner.cluster_pseudo_labels(features, metrics)
+    assert clusters.unique().tolist() == list(range(6))
+    assert metrics["unreached"] == 0
+    assert metrics["cluster_smallest"] >= 1
+
+
+def test_more_outputs_than_classes_share_one_head(learner: Learner) -> None:
+    assert learner.network.head.out_features == 6
+    assert learner.probabilities(learner.data.x_test).shape == (30, 3)
+    torch.testing.assert_close(learner.probabilities(learner.data.x_test).sum(1), torch.ones(30))
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+def weights(run: Path) -> torch.Tensor:
+    return torch.cat([w.flatten().double() for w in load_checkpoint(run)["state"]["network"].values()])
+
+
+def without_times(history: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in history]
+
+
+@pytest.mark.parametrize("kmeans_init", ["k-means++", "warm_start"])
+def test_a_run_cut_short_ends_as_if_it_had_not_been(small: Config, monkeypatch, kmeans_init: str) -> None:
+    config = dataclasses.replace(small, kmeans_init=kmeans_init)
+    whole = train(config)
+    plain, passes = Learner.class_pass, []
+
+    def interrupted(self, *arguments):
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Learner, "class_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    folder = next(path for path in Path(config.runs).iterdir() if path != whole.path)
+    assert len(load_checkpoint(folder)["history"]) == 2
+    torch.rand(5)  # a new process would not have its generators where the old one left them
+    resumed = train(config, folder)
+    assert torch.equal(weights(resumed.path), weights(whole.path))
+    assert without_times(resumed.history) == without_times(whole.history)
+    assert (resumed.path / "predictions.csv").read_text() == (whole.path / "predictions.csv").read_text()
+
+
+def test_a_run_stopped_before_its_first_epoch_starts_over(small: Config, monkeypatch) -> None:
+    whole = train(small)
+    plain = Learner.features
+    monkeypatch.setattr(Learner, "features", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(small)
+    monkeypatch.setattr(Learner, "features", plain)
+    folder = next(path for path in Path(small.runs).iterdir() if path != whole.path)
+    assert torch.equal(weights(train(small, folder).path), weights(whole.path))
+
+
+def test_the_folder_a_run_leaves_and_predictions_from_it(small: Config, stripes: Path, capsys, tmp_path: Path) -> None:
+    run = train(small)
+    said = capsys.readouterr().out
+    assert "test error" in said
+    assert f"python -m methods.predict {run.path}" in said
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == small.epochs
+    assert json.loads((run.path / "config.json").read_text())["settings"]["labels"] == 9
+    report = (run.path / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 3 + 2 * 24  # curves, confusion, features; two rows of images
+    assert "http" not in report
+    rows = list(csv.DictReader((run.path / "predictions.csv").open()))
+    assert len(rows) == 180
+    assert sum(row["given_label"] != "" for row in rows) == 9
+    assert all(0 <= float(row["confidence"]) <= 1 for row in rows)
+
+    # The same images from an .npz and from files get the same classes as in the run.
+    from PIL import Image
+
+    test = np.load(stripes)["x_test"]
+    Image.fromarray(test[4]).save(tmp_path / "four.png")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    output = tmp_path / "out.csv"
+    arguments = [stripes, tmp_path / "four.png", tmp_path / "broken.png"]
+    assert predict.main([str(run.path), *map(str, arguments), "--output", str(output)]) == 0
+    assert "left out" in capsys.readouterr().err
+    found = [row["label"] for row in csv.DictReader(output.open())]
+    expected = [row["label"] for row in rows if row["split"] == "test"]
+    assert found == [*expected, expected[4]]
+
+
+@pytest.mark.parametrize("baseline", ["supervised", "graph"])
+def test_baselines_leave_out_what_they_should(small: Config, monkeypatch, baseline: str) -> None:
+    def never(*_, **__):
+        raise AssertionError("not a part of this baseline")
+
+    monkeypatch.setattr(fastclust, "kmeans", never)
+    if baseline == "supervised":
+        monkeypatch.setattr(fastclust, "knn_graph", never)
+    run = train(dataclasses.replace(small, baseline=baseline, epochs=2))
+    assert "loss_clusters" not in run.history[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ a user's errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "imagenet"], "--data imagenet is unknown"),
+        (["--data", "npz:missing.npz"], "No such file"),
+        (["--labels", "7"], "fewer than one for each of the 10 classes"),
+        (["--labels", "5000"], "more than the 1437"),
+        (["--labels", "0"], "must leave some without"),
+        (["--clusters", "1500"], "more than the 1437"),
+        (["--neighbours", "1437"], "needs more than 1437"),
+        (["--alpha", "1"], "--alpha 1.0 must lie between 0 and 1"),
+        (["--epochs", "0"], "--epochs 0 must be above 0"),
+        (["--anneal-end", "3"], "--anneal-end 3"),
+        (["--network", "vgg"], "--network vgg is unknown"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--threads", "-1"], "--threads -1"),
+    ],
+)
+def test_errors_are_one_line_with_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cyclecluster", *arguments])
+    assert launch("cyclecluster", PRESETS, train) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cyclecluster: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert not (tmp_path / "runs").exists(), "nothing is left behind by a run that never started"
+
+
+def test_a_diverging_run_says_so(small: Config) -> None:
+    from methods.common.errors import UserError
+
+    with pytest.raises(UserError, match="no longer finite"):
+        train(dataclasses.replace(small, lr=1e30))
+
+
+def test_the_command_itself_on_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and nothing more")
+    command = [sys.executable, "-m", "methods.cyclecluster", "--data", f"npz:{tmp_path}/bad.npz"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "bad.npz cannot be read" in ended.stderr
+
+
+def test_predict_refuses_in_one_line(tmp_path: Path, capsys) -> None:
+    assert predict.main([str(tmp_path), "x.png"]) == 2
+    assert capsys.readouterr().err == f"predict: {tmp_path} holds no checkpoint.pt\n"
