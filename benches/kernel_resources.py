@@ -67,11 +67,12 @@ def main() -> None:
     print(f"| kernel | {header} |")
     print("|---|" + "---|" * len(architectures))
     for source, text in zip(sources, texts, strict=True):
+        entries = list(ENTRY.finditer(text))
         cells: dict[str, dict[str, str]] = defaultdict(dict)
-        for entry in ENTRY.finditer(text):
+        for name, entry in zip(readable([entry["name"] for entry in entries]), entries, strict=True):
             spilled = int(entry["stores"]) + int(entry["loads"])
-            cells[entry["name"]][entry["architecture"]] = entry["registers"] + (f" + {spilled} B" if spilled else "")
-        for name, row in sorted(zip(readable(list(cells)), cells.values(), strict=True), key=lambda pair: pair[0]):
+            cells[name][entry["architecture"]] = entry["registers"] + (f" + {spilled} B" if spilled else "")
+        for name, row in sorted(cells.items()):
             print(f"| {source.parent.name} `{name}` | {' | '.join(row.get(a, '') for a in architectures)} |")
     print(
         f"\n{len(sources)} sources for {len(architectures)} architectures: {time.monotonic() - start:.0f} s",
