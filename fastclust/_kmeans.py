@@ -47,7 +47,8 @@ def _unit_rows(op: str, name: str, x: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: {name} holds {int(zero.sum())} zero rows, first at {first}; spherical needs a direction"
         )
-    return x / norm
+    unit: Tensor = x / norm
+    return unit
 
 
 def _generator(seed: int | Generator | None, device: torch.device) -> Generator | None:
