@@ -4,6 +4,7 @@ FASTCLUST_REQUIRE_CUDA=1 turns the skips of a missing GPU into failures.
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,3 +27,12 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny networks, which a second thread only slows down where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -22,6 +22,8 @@ from methods.common.run import load_checkpoint
 from methods.common.training import cosine
 from methods.cyclecluster import PRESETS, Config, Learner, match_ids, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class NoProgress:
     def step(self, title: str) -> None:
@@ -99,6 +101,12 @@ def test_cluster_pass_shows_each_image_once_with_its_cluster(learner: Learner, m
         index = (learner.data.x_train == image).flatten(1).all(1).nonzero()
         assert clusters[index] == label
     assert len(images.flatten(1).unique(dim=0)) == len(learner.data.x_train.flatten(1).unique(dim=0))
+
+
+def test_cluster_passes_teach_the_clusters(learner: Learner) -> None:
+    clusters = learner.data.y_train + 3  # in outputs that no class uses
+    losses = [learner.cluster_pass(clusters, "") for _ in range(15)]
+    assert losses[-1] < losses[0] / 2
 
 
 def test_class_pass_is_equation_6(learner: Learner, monkeypatch) -> None:
@@ -246,6 +254,48 @@ def test_baselines_leave_out_what_they_should(small: Config, monkeypatch, baseli
         monkeypatch.setattr(fastclust, "knn_graph", never)
     run = train(dataclasses.replace(small, baseline=baseline, epochs=2))
     assert "loss_clusters" not in run.history[-1]
+
+
+def learnt_from_digits(tmp_path: Path) -> bool:
+    """Whether five epochs on the real digits do what they should, in every part of the method."""
+    config = dataclasses.replace(PRESETS["digits"], epochs=5, anneal_end=6, runs=str(tmp_path / "runs"))
+    last = train(config).history[-1]
+    return (
+        last["test_error"] < 10
+        and last["pseudo_label_error"] < 10
+        and last["cluster_nmi"] > 0.6
+        and last["loss_clusters"] < 3.5  # log 60 = 4.1 is a network that knows nothing of them
+    )
+
+
+def test_digits_are_learnt_from_fifty_labels(tmp_path: Path) -> None:
+    assert learnt_from_digits(tmp_path)
+
+
+@pytest.mark.parametrize("idle", ["clusters", "graph", "class pass"])
+def test_digits_are_not_learnt_where_a_part_does_nothing(tmp_path: Path, monkeypatch, idle: str) -> None:
+    monkeypatch.setattr(cyclecluster, "write_results", lambda *_: None)
+    if idle == "clusters":
+        kmeans = fastclust.kmeans
+
+        def one_cluster(*arguments, **options) -> fastclust.KMeansResult:
+            found = kmeans(*arguments, **options)
+            return found._replace(labels=torch.zeros_like(found.labels))
+
+        monkeypatch.setattr(fastclust, "kmeans", one_cluster)
+    elif idle == "graph":
+        knn_graph = fastclust.knn_graph
+
+        def no_edges(*arguments, **options) -> torch.Tensor:
+            graph = knn_graph(*arguments, **options)
+            return torch.sparse_csr_tensor(
+                graph.crow_indices(), graph.col_indices(), 0 * graph.values(), graph.shape, check_invariants=False
+            )
+
+        monkeypatch.setattr(fastclust, "knn_graph", no_edges)
+    else:
+        monkeypatch.setattr(Learner, "class_pass", lambda *_: 0.0)
+    assert not learnt_from_digits(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ a user's errors

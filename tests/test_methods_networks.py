@@ -9,6 +9,8 @@ from torch import nn
 from methods.common import networks
 from methods.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (16, 16), (28, 28), (32, 24)])
 @pytest.mark.parametrize("channels", [1, 3])
