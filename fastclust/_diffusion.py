@@ -33,6 +33,8 @@ class PseudoLabels(NamedTuple):
     """(C,) ζ: (N / C) / (points of the class); 0 for an empty class."""
     scores: Tensor
     """(N, C) rows that sum to 1, or 0 where no label reaches."""
+    residual: Tensor
+    """(C,) how far the diffusion is from solved; see `DiffusionResult`."""
 
 
 def _csr(op: str, graph: object, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +107,7 @@ def propagate_labels(
         alpha, tol, max_iter: see `diffuse`.
 
     Returns:
-        labels (N,) int64, weights ω (N,), class_weights ζ (C,) and scores Z (N, C).
+        labels (N,) int64, weights ω (N,), class_weights ζ (C,), scores Z (N, C) and residual (C,).
 
     Raises:
         TypeError: graph is not a CSR tensor, or labels not an integer one.
@@ -136,9 +138,10 @@ def propagate_labels(
     y[labelled, labels[labelled]] = 1.0
     y /= y.sum(0).clamp(min=1.0)
     try:
-        z = diffuse(graph, y, alpha=alpha, tol=tol, max_iter=max_iter).f.clamp_(min=0)
+        diffused = diffuse(graph, y, alpha=alpha, tol=tol, max_iter=max_iter)
     except ValueError as error:
         raise ValueError(str(error).replace("diffuse:", f"{op}:", 1)) from None
+    z = diffused.f.clamp_(min=0)
     total = z.sum(1, keepdim=True)
     reached = total.squeeze(1) > 0
     scores = z / torch.where(reached, total.squeeze(1), 1.0).unsqueeze(1)
@@ -153,4 +156,4 @@ def propagate_labels(
     if empty := int((counts == 0).sum()):
         warnings.warn(f"{op}: {empty} of {n_classes} classes are empty: class weight 0", stacklevel=2)
     zeta = torch.where(counts > 0, n_points / n_classes / counts.clamp(min=1), 0.0).to(weights.dtype)
-    return PseudoLabels(pseudo, omega, zeta, scores)
+    return PseudoLabels(pseudo, omega, zeta, scores, diffused.residual)

@@ -275,6 +275,7 @@ class Learner:
         metrics |= {
             "entropy_weight": float(weights.mean()),
             "unreached": int((weights == 0).sum()),
+            "diffusion_residual": float(pseudo.residual.max()),
             "classes_empty": int((pseudo.class_weights == 0).sum()),
         }
         truth = self.data.y_train[self.unlabelled]

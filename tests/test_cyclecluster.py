@@ -112,7 +112,7 @@ def test_cluster_passes_teach_the_clusters(learner: Learner) -> None:
 def test_class_pass_is_equation_6(learner: Learner, monkeypatch) -> None:
     n = len(learner.given)
     pseudo = fastclust.PseudoLabels(
-        torch.randint(3, (n,)), torch.rand(n), torch.tensor([0.5, 1.0, 2.0]), torch.rand(n, 3)
+        torch.randint(3, (n,)), torch.rand(n), torch.tensor([0.5, 1.0, 2.0]), torch.rand(n, 3), torch.zeros(3)
     )
     pseudo.weights[learner.labelled] = 1.0
     pseudo.labels[learner.labelled] = learner.given[learner.labelled]
@@ -159,6 +159,7 @@ def test_pseudo_labels_keep_the_given_labels_and_find_the_others(learner: Learne
     clusters = learner.cluster_pseudo_labels(features, metrics)
     assert clusters.unique().tolist() == list(range(6))
     assert metrics["unreached"] == 0
+    assert 0 < metrics["diffusion_residual"] < 0.5
     assert metrics["cluster_smallest"] >= 1
 
 

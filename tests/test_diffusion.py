@@ -316,6 +316,9 @@ def test_pseudo_labels_as_the_formulas_say(device):
     assert torch.allclose(result.scores.cpu(), z, atol=1e-6)
     assert torch.allclose(result.weights.cpu(), omega.double(), atol=1e-5)
     assert torch.allclose(result.class_weights.cpu(), zeta)
+    short = fastclust.propagate_labels(graph.to(device), labels.to(device), max_iter=2)
+    assert torch.equal(short.residual, fastclust.diffuse(graph.to(device), y.to(device), max_iter=2).residual)
+    assert (short.residual > 1e-3).all()
 
 
 def test_cliques_take_the_label_of_their_labelled_point(device):
