@@ -79,6 +79,10 @@ void assign_rows(const Assignment<T>& a, const Filter* filter, const Context& co
     assign_directly(a, {}, context);
 }
 
+/// variances (B): the mean over columns of the variance over rows, without weights.
+template <class T>
+void mean_variances(const Lloyd<T>& a, double* variances, const Context& context);
+
 template <class T>
 void lloyd(const Lloyd<T>& a, const Context& context);
 

@@ -387,47 +387,6 @@ __global__ void __launch_bounds__(kThreads) report(State<T> s) {
     }
 }
 
-/// partials (B, chunks, 2, D): sums of x - x_0 and of its square over a chunk; shifted by x_0 so that little cancels.
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_columns(State<T> s) {
-    const Lloyd<T>& a = s.a;
-    for (int64_t piece = first_piece(); piece < a.batch * s.chunks; piece += gridDim.x) {
-        const T* x = a.x + piece / s.chunks * a.n * a.d;
-        const int64_t start = piece % s.chunks * s.chunk;
-        const int64_t end = start + s.chunk < a.n ? start + s.chunk : a.n;
-        for (int64_t column = threadIdx.x; column < a.d; column += kThreads) {
-            double sum = 0, squares = 0;
-            for (int64_t row = start; row < end; ++row) {
-                const double value = double(x[row * a.d + column]) - double(x[column]);
-                sum += value;
-                squares += value * value;
-            }
-            s.partials[(piece * 2 + 0) * a.d + column] = sum;
-            s.partials[(piece * 2 + 1) * a.d + column] = squares;
-        }
-    }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) mean_variance(State<T> s) {
-    const Lloyd<T>& a = s.a;
-    double* slots = shared_memory<double>();
-    for (int64_t b = first_piece(); b < a.batch; b += gridDim.x) {
-        double variance = 0;
-        for (int64_t column = threadIdx.x; column < a.d; column += kThreads) {
-            double sum = 0, squares = 0;
-            for (int64_t piece = b * s.chunks; piece < (b + 1) * s.chunks; ++piece) {
-                sum += s.partials[(piece * 2 + 0) * a.d + column];
-                squares += s.partials[(piece * 2 + 1) * a.d + column];
-            }
-            const double n = double(a.n);
-            variance += squares / n - sum / n * (sum / n);
-        }
-        variance = block_sum(variance, slots);
-        if (threadIdx.x == 0) s.variance[b] = variance / double(a.d);
-    }
-}
-
 template <class T>
 State<T> allocate(const Lloyd<T>& a, const Context& context) {
     State<T> s{};
@@ -448,7 +407,7 @@ State<T> allocate(const Lloyd<T>& a, const Context& context) {
     s.weights = context.scratch<double>(s.groups * a.k);
     s.shifts = context.scratch<double>(s.groups * a.k);
     s.variance = context.scratch<double>(a.batch);
-    s.partials = context.scratch<double>(std::max(s.groups * s.chunks, a.tol > 0 ? a.batch * s.chunks * 2 * a.d : 0));
+    s.partials = context.scratch<double>(s.groups * s.chunks);
     return s;
 }
 
@@ -490,10 +449,7 @@ void lloyd(const Lloyd<T>& a, const Context& context) {
     check(cudaMemcpyAsync(a.centroids, a.init, centroid_bytes, cudaMemcpyDeviceToDevice, cuda_stream), "lloyd");
     check(cudaMemsetAsync(a.labels, 0xFF, static_cast<size_t>(s.groups * a.n) * sizeof(int64_t), cuda_stream), "lloyd");
     launch("set_phase", set_phase, grid_of(ceil_div(s.groups, kThreads)), dim3(kThreads), 0, stream, s.group, s.groups, true);
-    if (a.tol > 0) {
-        launch("sum_columns", sum_columns<T>, grid_of(a.batch * s.chunks), dim3(kThreads), 0, stream, s);
-        launch("mean_variance", mean_variance<T>, grid_of(a.batch), dim3(kThreads), kSlots, stream, s);
-    }
+    if (a.tol > 0) mean_variances(a, s.variance, context);
     Assignment<T> assignment{s.groups,       a.restarts, a.n,      a.k,     a.d,     a.x,     a.centroids,
                              a.fixed_labels, a.exact,    a.labels, nullptr, s.group, kRunning};
     Filter filter{};
