@@ -88,22 +88,27 @@ inline void sort_ranked(Ranked<T>* items, int64_t count, Ranked<T>* spare) {
         for (int64_t i = 0; i < count; ++i) items[i] = from[i];
 }
 
-/// The buffers of all rows of a search. Upper scores, in the filter's units.
+/// A column that reached a row's floor with this upper score, in the filter's units.
+template <class Score>
+struct Candidate {
+    Score score;
+    int32_t column;  // position
+};
+
+/// The buffers of all rows of a search.
 template <class Score>
 struct Candidates {
     int64_t capacity;
-    Score* scores;     // (rows, capacity)
-    int32_t* columns;  // (rows, capacity) positions
-    int32_t* counts;   // (rows)
-    Score* floors;     // (rows) what does not reach its row's floor is no neighbour of it
+    Candidate<Score>* items;  // (rows, capacity)
+    int32_t* counts;          // (rows)
+    Score* floors;            // (rows) what does not reach its row's floor is no neighbour of it
 
-    /// Room for k and as many again that no bound has ruled out yet.
-    static int64_t capacity_for(int64_t k) { return (2 * k + 128 + 15) / 16 * 16; }
+    /// Room for k and for twice as many that no bound has ruled out yet.
+    static int64_t capacity_for(int64_t k) { return (3 * k + 128 + 7) / 8 * 8; }
 
     Candidates(int64_t rows, int64_t k, Score lowest, const Context& context)
         : capacity(capacity_for(k)),
-          scores(context.scratch<Score>(rows * capacity)),
-          columns(context.scratch<int32_t>(rows * capacity)),
+          items(context.scratch<Candidate<Score>>(rows * capacity)),
           counts(context.scratch<int32_t>(rows)),
           floors(context.scratch<Score>(rows)) {
         for (int64_t i = 0; i < rows; ++i) {
@@ -112,15 +117,16 @@ struct Candidates {
         }
     }
 
+    Candidate<Score>* of(int64_t row) const { return items + row * capacity; }
+
     /// Drops what no longer reaches the floor.
     void sift(int64_t row) {
-        Score* score = scores + row * capacity;
-        int32_t* column = columns + row * capacity;
+        Candidate<Score>* const candidates = of(row);
         int32_t kept = 0;
         for (int32_t c = 0; c < counts[row]; ++c) {
-            score[kept] = score[c];
-            column[kept] = column[c];
-            kept += score[c] >= floors[row];
+            const Candidate<Score> candidate = candidates[c];
+            candidates[kept] = candidate;
+            kept += candidate.score >= floors[row];
         }
         counts[row] = kept;
     }

@@ -12,6 +12,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "common/parallel.h"
 #include "knn/buffer.h"
@@ -42,21 +43,20 @@ class Finder {
         for (int64_t i = 0; i < rows.rows.count; ++i) positions_[i] = static_cast<int32_t>(i);
     }
 
-    void run() {
+    /// False, and nothing written, where `affordable` candidates per row would not do: the filter is too coarse for the data.
+    bool run(double affordable) {
         guessing_ = true;
-        if (self_)
-            play_all_blocks();
-        else
-            scan_all_columns(search_.m);
+        if (self_ ? !play_all_blocks(affordable) : !scan_all_columns(search_.m, affordable)) return false;
         int64_t failures = finish(search_.m);
-        if (failures == 0) return;
+        if (failures == 0) return true;
         guessing_ = false;
         for (int64_t f = 0; f < failures; ++f) {
             found_.counts[positions_[f]] = 0;
             found_.floors[positions_[f]] = Filter::kLowest;
         }
-        scan_all_columns(failures);
+        scan_all_columns(failures, std::numeric_limits<double>::infinity());
         finish(failures);
+        return true;
     }
 
    private:
@@ -82,7 +82,7 @@ class Finder {
 
     /// Columns of a block: they fit half a second-level cache, and there are enough blocks to share out.
     static int64_t block_size(int64_t count, int64_t bytes_per_row) {
-        constexpr int64_t kBlockBytes = 512 * 1024, kMost = 1024, kLeast = 128;
+        constexpr int64_t kBlockBytes = 512 * 1024, kMost = 2048, kLeast = 128;
         int64_t block = kBlockBytes / bytes_per_row < kMost ? kBlockBytes / bytes_per_row : kMost;
         block = block < count / 16 ? block : count / 16;
         return round_up(block > kLeast ? block : kLeast, kTileColumns);
@@ -110,7 +110,7 @@ class Finder {
 
     // ---------------------------------------------------------------------------------------------------- orders of work
 
-    void play_all_blocks() {
+    bool play_all_blocks(double affordable) {
         const int64_t count = blocks();
         parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
@@ -121,6 +121,7 @@ class Finder {
                               true);
             }
         });
+        if (expected_candidates(search_.m) > affordable) return false;
         const int64_t players = count + count % 2;  // with an odd number, whoever meets the last one rests
         for (int64_t round = 0; round + 1 < players; ++round)
             parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
@@ -131,17 +132,33 @@ class Finder {
                     if (a < count && b < count) meet(worker, a, b);
                 }
             });
+        return true;
+    }
+
+    /// Per row, if all blocks of columns bring as many as the one that gave the first floors.
+    double expected_candidates(int64_t count) const {
+        double found = 0;
+        for (int64_t i = 0; i < count; ++i) found += found_.counts[positions_[i]];
+        return found / static_cast<double>(count) * static_cast<double>(blocks());
     }
 
     /// The rows of positions_[0, count) against all columns.
-    void scan_all_columns(int64_t count) {
-        const int64_t strips = (count + kStrip - 1) / kStrip, panel = strips / 64 > 1 ? 8 : 1;
-        parallel_for(0, (strips + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
+    bool scan_all_columns(int64_t count, double affordable) {
+        scan_blocks(count, 0, 1);
+        if (expected_candidates(count) > affordable) return false;
+        scan_blocks(count, 1, blocks());
+        return true;
+    }
+
+    void scan_blocks(int64_t count, int64_t first_block, int64_t last_block) {
+        constexpr int64_t kStripsTogether = 8;  // a block of columns stays in cache for them
+        const int64_t strips = (count + kStrip - 1) / kStrip, together = strips / 64 > 1 ? kStripsTogether : 1;
+        parallel_for(0, (strips + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
-            const int64_t first = begin * panel * kStrip, last = end * panel * kStrip < count ? end * panel * kStrip : count;
-            for (int64_t group = first; group < last; group += panel * kStrip)
-                for (int64_t b = 0; b < blocks(); ++b)
-                    for (int64_t row = group; row < last && row < group + panel * kStrip; row += kStrip)
+            const int64_t rows = together * kStrip, last = end * rows < count ? end * rows : count;
+            for (int64_t group = begin * rows; group < last; group += rows)
+                for (int64_t b = first_block; b < last_block; ++b)
+                    for (int64_t row = group; row < last && row < group + rows; row += kStrip)
                         scan_rows(worker, positions_ + row, last - row < kStrip ? last - row : kStrip, block_begin(b),
                                   block_end(b), b == 0);
         });
@@ -178,11 +195,21 @@ class Finder {
         }
     }
 
+    /// Of the sample's scores only the best of every 16 are ranked: few of its own best fall together, and the bound holds
+    /// anyway.
     void seed_floor(Worker& worker, int64_t row, const Score* dots, int64_t first, int64_t columns) {
-        Score* lower = worker.lower.data;
-        for (int64_t c = 0; c < columns; ++c)
-            lower[c] = dots[c] + columns_.bias[first + c] + rows_.bias[row] - slack(columns_, first + c);
-        const Score bound = bound_of_rank(lower, columns, sample_rank(columns), Filter::kLowest);
+        const int64_t rank = sample_rank(columns), classes = rank * 8 < columns ? round_up(columns / 16, kGroup) : columns;
+        const Score bias = rows_.bias[row];
+        Score* best = worker.lower.data;
+        for (int64_t c = 0; c < classes; ++c) best[c] = Filter::kLowest;
+        for (int64_t begin = 0; begin < columns; begin += classes) {
+            const int64_t end = begin + classes < columns ? begin + classes : columns;
+            for (int64_t c = begin; c < end; ++c) {
+                const Score lower = dots[c] + columns_.bias[first + c] + bias - slack(columns_, first + c);
+                best[c - begin] = best[c - begin] > lower ? best[c - begin] : lower;
+            }
+        }
+        const Score bound = bound_of_rank(best, classes, rank, Filter::kLowest);
         if (bound > Filter::kLowest) raise_floor(row, bound - slack(rows_, row));
     }
 
@@ -216,46 +243,78 @@ class Finder {
             tighten(worker, row);
             if (upper < found_.floors[row]) return;
         }
-        const int64_t place = row * found_.capacity + found_.counts[row]++;
-        found_.scores[place] = upper;
-        found_.columns[place] = column;
+        found_.of(row)[found_.counts[row]++] = {upper, column};
     }
 
     /// Raises the row's floor to what k of its candidates surely (while guessing: most likely) reach, and drops the others.
     void tighten(Worker& worker, int64_t row) {
-        const Score* scores = found_.scores + row * found_.capacity;
-        const int32_t* columns = found_.columns + row * found_.capacity;
-        for (int32_t c = 0; c < found_.counts[row]; ++c) worker.lower.data[c] = scores[c] - slack(columns_, columns[c]);
-        const Score bound = bound_of_rank(worker.lower.data, found_.counts[row], search_.k, Filter::kLowest);
+        const Candidate<Score>* candidates = found_.of(row);
+        const int32_t count = found_.counts[row];
+        for (int32_t c = 0; c < count; ++c) worker.lower.data[c] = candidates[c].score - slack(columns_, candidates[c].column);
+        const Score bound = bound_of_rank(worker.lower.data, count, search_.k, Filter::kLowest);
         if (bound > Filter::kLowest) raise_floor(row, bound - slack(rows_, row));
         found_.sift(row);
         if (found_.counts[row] > (found_.capacity + search_.k) / 2) keep_exact_best(worker, row);
     }
 
-    /// The candidates' exact scores, best first in worker.ranked and by candidate in worker.exact.
-    void rank_exactly(Worker& worker, int64_t row) {
-        const int32_t* columns = found_.columns + row * found_.capacity;
-        const T* x = rows_.rows.row(rows_.order[row]);
-        for (int32_t c = 0; c < found_.counts[row]; ++c) {
-            const int32_t index = columns_.order[columns[c]];
-            worker.exact.data[c] = score(search_.metric, x, columns_.rows.row(index), search_.d);
-            worker.ranked.data[c] = {worker.exact.data[c], index};
+    /// The candidates' exact scores, in worker.exact: of the likely first, then of those that the k-th of these leaves
+    /// possible. The others are dropped.
+    void score_exactly(Worker& worker, int64_t row) {
+        Candidate<Score>* candidates = found_.of(row);
+        const int32_t count = found_.counts[row];
+        const Score likely = found_.floors[row] + slack(rows_, row);
+        int32_t scored = 0;
+        for (int32_t c = 0; c < count; ++c) {
+            const Candidate<Score> candidate = candidates[c];
+            if (candidate.score - slack(columns_, candidate.column) < likely) continue;
+            candidates[c] = candidates[scored];
+            candidates[scored++] = candidate;
         }
+        score_range(worker, row, 0, scored);
+        const T bound = bound_of_rank(worker.exact.data, scored, search_.k, std::numeric_limits<T>::lowest());
+        const Score floor = bound > std::numeric_limits<T>::lowest() ? columns_.at_most(bound) : Filter::kLowest;
+        int32_t kept = scored;
+        for (int32_t c = scored; c < count; ++c)
+            if (candidates[c].score >= floor) candidates[kept++] = candidates[c];
+        score_range(worker, row, scored, kept);
+        found_.counts[row] = kept;
+    }
+
+    void score_range(Worker& worker, int64_t row, int32_t begin, int32_t end) {
+        constexpr int32_t kAhead = 4;
+        const Candidate<Score>* candidates = found_.of(row);
+        const T* x = rows_.rows.row(rows_.order[row]);
+        const auto other = [&](int32_t c) { return columns_.rows.row(columns_.order[candidates[c].column]); };
+        for (int32_t c = begin; c < end && c < begin + kAhead; ++c) prefetch_row(other(c));
+        for (int32_t c = begin; c < end; ++c) {
+            if (c + kAhead < end) prefetch_row(other(c + kAhead));
+            worker.exact.data[c] = score(search_.metric, x, other(c), search_.d);
+        }
+    }
+
+    void prefetch_row(const T* row) const {
+        constexpr int64_t kLine = 64 / sizeof(T), kMost = 64 * kLine;
+        for (int64_t j = 0; j < search_.d && j < kMost; j += kLine) __builtin_prefetch(row + j);
+    }
+
+    /// The exactly scored candidates, best first in worker.ranked.
+    void rank(Worker& worker, int64_t row) {
+        const Candidate<Score>* candidates = found_.of(row);
+        for (int32_t c = 0; c < found_.counts[row]; ++c)
+            worker.ranked.data[c] = {worker.exact.data[c], columns_.order[candidates[c].column]};
         sort_ranked(worker.ranked.data, found_.counts[row], worker.spare.data);
     }
 
     /// Where the filter's precision cannot tell enough of the candidates apart.
     void keep_exact_best(Worker& worker, int64_t row) {
-        rank_exactly(worker, row);
+        score_exactly(worker, row);
+        if (found_.counts[row] <= search_.k) return;
+        rank(worker, row);
         const Ranked<T> worst = worker.ranked.data[search_.k - 1];
-        Score* scores = found_.scores + row * found_.capacity;
-        int32_t* columns = found_.columns + row * found_.capacity;
+        Candidate<Score>* candidates = found_.of(row);
         int32_t kept = 0;
-        for (int32_t c = 0; c < found_.counts[row]; ++c) {
-            if (worst.before({worker.exact.data[c], columns_.order[columns[c]]})) continue;
-            scores[kept] = scores[c];
-            columns[kept++] = columns[c];
-        }
+        for (int32_t c = 0; c < found_.counts[row]; ++c)
+            if (!worst.before({worker.exact.data[c], columns_.order[candidates[c].column]})) candidates[kept++] = candidates[c];
         found_.counts[row] = kept;
         raise_floor(row, columns_.at_most(worst.score));
     }
@@ -274,8 +333,9 @@ class Finder {
 
     bool finish_row(Worker& worker, int64_t row) {
         tighten(worker, row);
+        score_exactly(worker, row);
         if (found_.counts[row] < search_.k) return false;
-        rank_exactly(worker, row);
+        rank(worker, row);
         const Ranked<T>* best = worker.ranked.data;
         if (guessing_ &&
             static_cast<double>(best[search_.k - 1].score) < static_cast<double>(found_.floors[row]) * columns_.unit)

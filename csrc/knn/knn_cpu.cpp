@@ -1,6 +1,7 @@
 #include "knn/filter.h"
 #include "knn/finder.h"
 #include "knn/graph.h"
+#include "knn/int8_filter.h"
 #include "knn/knn.h"
 #include "knn/rows.h"
 
@@ -35,6 +36,55 @@ const int32_t* given_order(int64_t count, const Context& context) {
     return order;
 }
 
+/// A search with its rows prepared.
+template <class T>
+struct Problem {
+    const Search<T>& search;
+    int exponent;
+    const Context& context;
+    Rows<T> x = prepare(search.metric, search.x, search.n, search.d, exponent, context);
+    Rows<T> queries =
+        search.queries == nullptr ? x : prepare(search.metric, search.queries, search.m, search.d, exponent, context);
+    const int32_t* order = spread_order(search.n, context);
+    const int32_t* query_order = search.queries == nullptr ? order : given_order(search.m, context);
+    const T* centre = sample_centre(x, context);
+
+    template <class Filter>
+    bool run(const Filter& rows, const Filter& columns, double affordable) const {
+        return Finder<T, Filter>(search, exponent, rows, columns, context).run(affordable);
+    }
+};
+
+template <class T>
+void search_with_float(const Problem<T>& p) {
+    constexpr double kAny = std::numeric_limits<double>::infinity();
+    const Metric metric = p.search.metric;
+    const FloatFilter<T> columns(metric, p.x, p.order, p.centre, true, p.context);
+    if (p.search.queries == nullptr) {
+        p.run(columns, columns, kAny);
+        return;
+    }
+    p.run(FloatFilter<T>(metric, p.queries, p.query_order, p.centre, false, p.context), columns, kAny);
+}
+
+#if FASTCLUST_CAPABILITY_avx512_vnni
+/// False where 8 bits are not the better filter: few features, few rows, or scores too close to each other.
+template <class T>
+bool search_with_int8(const Problem<T>& p) {
+    constexpr int64_t kLeastDepth = 32, kLeastRows = 512;
+    const Search<T>& s = p.search;
+    if (s.d < kLeastDepth || s.d > Int8Filter<T>::kMostDepth || s.n < kLeastRows) return false;
+    const Quantiser quantiser = Quantiser::choose(p.x, p.centre);
+    const Int8Filter<T> columns(s.metric, p.x, p.order, p.centre, quantiser, s.exact, p.context);
+    if (!columns.usable) return false;
+    // About where the exact scores of the candidates cost what the products in single precision would, in cycles.
+    const double affordable = static_cast<double>(s.n * s.d) / 64 / (100 + static_cast<double>(s.d) / 4) + 2 * s.k;
+    if (s.queries == nullptr) return p.run(columns, columns, affordable);
+    const Int8Filter<T> rows(s.metric, p.queries, p.query_order, p.centre, quantiser, s.exact, p.context);
+    return rows.usable && p.run(rows, columns, affordable);
+}
+#endif
+
 template <class T>
 void search(const Search<T>& s, const Context& context) {
     int exponent = 0;
@@ -46,16 +96,11 @@ void search(const Search<T>& s, const Context& context) {
         }
         exponent = common_exponent(largest);
     }
-    const Rows<T> x = prepare(s.metric, s.x, s.n, s.d, exponent, context);
-    const T* centre = sample_centre(x, context);
-    const FloatFilter<T> columns(s.metric, x, spread_order(s.n, context), centre, true, context);
-    if (s.queries == nullptr) {
-        Finder<T, FloatFilter<T>>(s, exponent, columns, columns, context).run();
-        return;
-    }
-    const Rows<T> queries = prepare(s.metric, s.queries, s.m, s.d, exponent, context);
-    const FloatFilter<T> rows(s.metric, queries, given_order(s.m, context), centre, false, context);
-    Finder<T, FloatFilter<T>>(s, exponent, rows, columns, context).run();
+    const Problem<T> problem{s, exponent, context};
+#if FASTCLUST_CAPABILITY_avx512_vnni
+    if (search_with_int8(problem)) return;
+#endif
+    search_with_float(problem);
 }
 
 template <class T>
