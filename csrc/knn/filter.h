@@ -21,7 +21,7 @@ namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
 /// Columns come in groups of this many; a filter holds whole groups, the last filled up with rows that reach no bound.
 constexpr int64_t kGroup = 32;
-/// Rows multiplied at a time: whole tiles of products.h and of the int8 kernel.
+/// Rows multiplied at a time: whole tiles of products.h and of quantised.h.
 constexpr int64_t kStrip = 24;
 
 inline int64_t round_up(int64_t count, int64_t multiple) {

@@ -2,7 +2,7 @@
 // that leaves the smaller residuals; scores count in units of step^2, so tiles are compared as they come from the multiplier.
 #pragma once
 
-#include "common/products_int8.h"
+#include "common/quantised.h"
 
 #if FASTCLUST_CAPABILITY_avx512_vnni
 
@@ -18,7 +18,7 @@
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
-namespace int8 = fastclust::products_int8::FASTCLUST_CAPABILITY;
+namespace quantised = fastclust::quantised::FASTCLUST_CAPABILITY;
 
 constexpr float kMostCode = 127;
 
@@ -68,7 +68,7 @@ struct Quantiser {
 template <class T>
 struct Int8Filter {
     using Score = int32_t;
-    using Code = int32_t;
+    using Code = uint32_t;  // four features
     static constexpr int32_t kNever = -(1 << 30);
     static constexpr int32_t kLowest = -(1 << 29);
     static constexpr int64_t kMostDepth = 16384;  // products below 2^28
@@ -79,15 +79,16 @@ struct Int8Filter {
     const T* centre;
     Quantiser quantiser;
     double unit, centre_square = 0;
-    uint32_t* panels;
+    uint32_t* panels;  // quantised.h
+    int32_t* starts;   // quantised.h (padded)
     int32_t* bias;
     int32_t* drop;
     bool usable = true;  // all rows are within the range of int32
 
     static int64_t bytes_per_row(int64_t depth) { return depth; }
     int64_t padded() const { return round_up(rows.count, kGroup); }
-    int64_t words() const { return int8::words_of(rows.depth); }
-    int64_t strip_size() const { return kStrip / int8::kTileRows * int8::tile_size(words()); }
+    int64_t words() const { return quantised::steps(rows.depth); }
+    int64_t strip_size() const { return kStrip * words(); }
     int32_t at_most(T exact) const { return static_cast<int32_t>(std::floor(static_cast<double>(exact) / unit)) - 1; }
 
     Int8Filter(Metric metric, const Rows<T>& rows_in, const int32_t* order_in, const T* centre_in,
@@ -98,6 +99,7 @@ struct Int8Filter {
           quantiser(quantiser_in),
           unit(static_cast<double>(quantiser.step) * quantiser.step),
           panels(context.scratch<uint32_t>(padded() * words())),
+          starts(context.scratch<int32_t>(padded())),
           bias(context.scratch<int32_t>(padded())),
           drop(context.scratch<int32_t>(padded())) {
         for (int64_t j = 0; j < rows.depth; ++j) centre_square += static_cast<double>(centre[j]) * centre[j];
@@ -111,34 +113,47 @@ struct Int8Filter {
         usable = within.load();
     }
 
-    void load(const int32_t* positions, int64_t count, int32_t* strip, float*) const {
-        for (int64_t r = 0; r < kStrip; ++r)  // a tile has all its rows: the last one stands in for those beyond `count`
-            int8::load_row(panels, positions[r < count ? r : count - 1], words(), r % int8::kTileRows,
-                           strip + r / int8::kTileRows * int8::tile_size(words()));
+    /// Rows are columns plus 128, in groups; the last row stands in for those that a group lacks.
+    void load(const int32_t* positions, int64_t count, uint32_t* strip, float*) const {
+        for (int64_t r = 0; r < kStrip; ++r) {
+            const uint32_t* from = column(positions[r < count ? r : count - 1]);
+            uint32_t* out = strip + r / kTileRows * kTileRows * words() + r % kTileRows;
+            for (int64_t w = 0; w < words(); ++w) out[w * kTileRows] = from[w * quantised::kWidth] ^ kExcess;
+        }
     }
 
-    void multiply(const int32_t* strip, int64_t count, int64_t first, int64_t columns, int32_t* out) const {
-        for (int64_t c = 0; c < columns; c += int8::kWidth)
-            for (int64_t r = 0; r < count; r += int8::kTileRows)
-                int8::multiply_tile(strip + r / int8::kTileRows * int8::tile_size(words()), panels + (first + c) * words(),
-                                    words(), out + r * columns + c, columns);
+    void multiply(const uint32_t* strip, int64_t count, int64_t first, int64_t columns, int32_t* out) const {
+        for (int64_t c = 0; c < columns; c += kGroup)
+            for (int64_t r = 0; r < count; r += kTileRows)
+                quantised::multiply(reinterpret_cast<const uint8_t*>(strip + r * words()),
+                                    reinterpret_cast<const uint8_t*>(column(first + c)), kGroup / quantised::kWidth, rows.depth,
+                                    starts + first + c, out + r * columns + c, columns);
     }
 
    private:
+    static constexpr int64_t kTileRows = quantised::kTileRows;
+    static constexpr uint32_t kExcess = 0x80808080U;  // 128 in each byte
+
+    uint32_t* column(int64_t position) const {
+        return panels + position / quantised::kWidth * quantised::kWidth * words() + position % quantised::kWidth;
+    }
+
     bool pack(Metric metric, bool exact, int64_t position, T* z, uint32_t* words_out) {
         const int64_t depth = rows.depth;
-        for (int64_t w = 0; w < words(); ++w) words_out[w] = int8::kOffset;
+        for (int64_t w = 0; w < words(); ++w) words_out[w] = 0;
+        int32_t sum = 0;
         bias[position] = kNever;
         drop[position] = 0;
         bool within = true;
         if (position < rows.count) {
             const T* x = rows.row(order[position]);
-            auto* codes = reinterpret_cast<unsigned char*>(words_out);
+            auto* codes = reinterpret_cast<signed char*>(words_out);
             double square = 0, code_square = 0, residual = 0;
             for (int64_t j = 0; j < depth; ++j) {
                 z[j] = x[j] - centre[j];
                 const float code = code_of(static_cast<float>(z[j]), 1 / quantiser.step);
-                codes[j] = static_cast<unsigned char>(static_cast<int>(code) + 128);
+                codes[j] = static_cast<signed char>(code);
+                sum += static_cast<int32_t>(code);
                 const double coded = static_cast<double>(quantiser.step) * code, rest = static_cast<double>(z[j]) - coded;
                 square += static_cast<double>(z[j]) * z[j];
                 code_square += coded * coded;
@@ -154,8 +169,9 @@ struct Int8Filter {
             bias[position] = within ? static_cast<int32_t>(upper) : 0;
             drop[position] = within ? static_cast<int32_t>(slack) : 0;
         }
-        uint32_t* out = panels + position / kGroup * kGroup * words() + position % kGroup;
-        for (int64_t w = 0; w < words(); ++w) out[w * kGroup] = words_out[w];
+        starts[position] = -128 * sum;
+        uint32_t* out = column(position);
+        for (int64_t w = 0; w < words(); ++w) out[w * quantised::kWidth] = words_out[w];
         return within;
     }
 };
