@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -137,16 +138,14 @@ def propagate_labels(
     y = torch.zeros(n_points, n_classes, dtype=weights.dtype, device=weights.device)
     y[labelled, labels[labelled]] = 1.0
     y /= y.sum(0).clamp(min=1.0)
-    try:
+    with ops.told_by(op):
         diffused = diffuse(graph, y, alpha=alpha, tol=tol, max_iter=max_iter)
-    except ValueError as error:
-        raise ValueError(str(error).replace("diffuse:", f"{op}:", 1)) from None
     z = diffused.f.clamp_(min=0)
     total = z.sum(1, keepdim=True)
     reached = total.squeeze(1) > 0
     scores = z / torch.where(reached, total.squeeze(1), 1.0).unsqueeze(1)
 
-    entropy = torch.special.entr(scores).sum(1) / torch.tensor(float(max(n_classes, 2))).log().item()
+    entropy = torch.special.entr(scores).sum(1) / math.log(max(n_classes, 2))
     certainty = torch.where(reached, (1 - entropy).clamp(min=0), 0.0)
     certainty = certainty / certainty.max().clamp(min=torch.finfo(certainty.dtype).tiny)
     pseudo = torch.where(labelled, labels, scores.argmax(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -104,11 +105,14 @@ def knn_graph(
     _check("knn_graph", k, metric, precision)
     _one_of("knn_graph", "symmetrize", symmetrize, SYMMETRIZATIONS)
     x = ops.float_tensor("knn_graph", "x", x)
-    values, indices = ops.knn(x, None, k, metric, precision == "exact")
-    if metric == "euclidean":
-        values = _self_tuning_kernel(values, indices)
-    crow, col, weights = ops.knn_to_csr(values, indices, float(power), symmetrize)
-    return torch.sparse_csr_tensor(crow, col, weights, (x.shape[0], x.shape[0]), check_invariants=False)
+    with ops.told_by("knn_graph"):
+        values, indices = ops.knn(x, None, k, metric, precision == "exact")
+        if metric == "euclidean":
+            values = _self_tuning_kernel(values, indices)
+        crow, col, weights = ops.knn_to_csr(values, indices, float(power), symmetrize)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # of no use to a user
+        return torch.sparse_csr_tensor(crow, col, weights, (x.shape[0], x.shape[0]), check_invariants=False)
 
 
 def _self_tuning_kernel(distances: Tensor, indices: Tensor) -> Tensor:

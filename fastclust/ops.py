@@ -6,7 +6,8 @@ Beside each wrapper stands what torch must know of the op: its fake kernel (shap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ def label_tensor(op: str, name: str, value: object) -> Tensor:
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must have an integer dtype, got {value.dtype}")
     return value.long()
+
+
+@contextlib.contextmanager
+def told_by(op: str) -> Iterator[None]:
+    """Complaints of the functions called inside are raised in the name of `op`, which the user has called."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{op}: {str(error).partition(': ')[2]}") from None
 
 
 def _call(op: Callable[..., Any], *args: object) -> Any:
