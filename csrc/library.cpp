@@ -39,8 +39,7 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
     // Contrastive symmetric KL over all pairs of rows: log_p (B, K) T, labels (B) int64 with -1 for rows in no pair
     // -> means (2) T over the similar and over the dissimilar pairs, counts (2) int64 of those pairs. detach_target holds the
     // first argument of each KL fixed; it changes the gradient alone
-    m.def(
-        "pairwise_kl(Tensor log_p, Tensor labels, float margin, bool detach_target) -> (Tensor means, Tensor counts)");
+    m.def("pairwise_kl(Tensor log_p, Tensor labels, float margin, bool detach_target) -> (Tensor means, Tensor counts)");
     // grad_means (2) T -> (B, K) T
     m.def(
         "pairwise_kl_backward(Tensor grad_means, Tensor log_p, Tensor labels, Tensor counts, float margin, "

@@ -33,8 +33,9 @@ def kmeans_lloyd(
         weight = x.new_ones(x.shape[1]) if sample_weight is None else sample_weight[b]
         fixed = x.new_full((x.shape[1],), -1, dtype=torch.int64) if fixed_labels is None else fixed_labels[b]
         runs.append(_lloyd(x[b], init[b, r], weight, fixed, max_iter, tol, spherical))
-    stacked = [torch.stack([torch.as_tensor(run[i]) for run in runs]).unflatten(0, init.shape[:2]) for i in range(4)]
-    return stacked[0], stacked[1], stacked[2], stacked[3]
+    fields = [torch.stack([torch.as_tensor(run[i]) for run in runs]) for i in range(4)]
+    centroids, labels, inertia, n_iter = (field.view(*init.shape[:2], *field.shape[1:]) for field in fields)
+    return centroids, labels, inertia, n_iter
 
 
 def _lloyd(
