@@ -107,7 +107,8 @@ def test_no_shared_weak_symbol_is_compiled_for_a_capability():
         symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
         for line in symbols.splitlines():
             _, kind, name = line.split(" ", 2)
-            if kind in "WVu" and not re.search(r"\d(avx2|avx512|avx512_vnni)(E|\d)", name):
+            ours = re.search(r"\d(avx2|avx512|avx512_vnni)(E|\d)", name) or name.startswith("DW.ref.")
+            if kind in "WVu" and not ours:
                 leaks.add(f"{path.name}: {name}")
     assert not leaks
 

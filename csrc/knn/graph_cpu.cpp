@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cmath>
 #include <stdexcept>
-#include <string>
 
 #include "common/parallel.h"
 #include "knn/graph.h"
@@ -56,7 +55,7 @@ void weigh(const Graph<T>& g, const Lists<T>& out) {
             out.starts[i + 1] = count;
         }
     });
-    if (outside.load()) throw std::invalid_argument("knn_graph: indices must be in [0, " + std::to_string(g.n) + ")");
+    if (outside.load()) throw std::invalid_argument("knn_graph: indices must be in [0, N)");
     sum_up(out.starts, g.n);
     parallel_for(0, g.n, 256, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {

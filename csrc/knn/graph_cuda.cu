@@ -159,7 +159,7 @@ void graph(const Graph<T>& g, const Context& context) {
     check(cudaMemcpyAsync(&outside, b.outside, sizeof outside, cudaMemcpyDeviceToHost, cuda_stream), "knn_graph");
     check(cudaMemcpyAsync(&count, g.crow + g.n, sizeof count, cudaMemcpyDeviceToHost, cuda_stream), "knn_graph");
     check(cudaStreamSynchronize(cuda_stream), "knn_graph");
-    if (outside != 0) throw std::invalid_argument("knn_graph: indices must be in [0, " + std::to_string(g.n) + ")");
+    if (outside != 0) throw std::invalid_argument("knn_graph: indices must be in [0, N)");
     launch("join_entries", join_entries<T>, rows, block, 0, stream, b, g.allocate(g.owner, count));
 }
 
