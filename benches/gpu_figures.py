@@ -1,7 +1,7 @@
 """Times the ops on this machine's GPU beside eager torch and the peers installed; writes docs/results/cuda-<gpu>.md.
 
-    python benches/cuda.py            # the sizes of the results file
-    python benches/cuda.py --small    # every kernel once, small, checked against the CPU: for compute-sanitizer
+    python benches/gpu_figures.py            # the sizes of the results file
+    python benches/gpu_figures.py --small    # every kernel once, small, checked against the CPU: for compute-sanitizer
 
 Device time between CUDA events, median of the repetitions, the L2 cache flushed before each. Answers are compared
 before anything is timed. The floor of each row is the larger of its bytes over the measured copy bandwidth and its
@@ -205,7 +205,7 @@ def write(rows: list[tuple], machine: Machine, note: str) -> Path:
     lines = [
         f"# CUDA on one {name}",
         "",
-        f"`benches/cuda.sh` at commit {commit}; torch {torch.__version__}; {note}.",
+        f"`benches/gpu.sh` at commit {commit}; torch {torch.__version__}; {note}.",
         f"Ceilings measured in the same run: copy {machine.bytes_per_ms / 1e9:.2f} TB/s, half-precision product "
         f"{machine.operations_per_ms / 1e9:.0f} TFLOP/s. Median device time, cold L2.",
         "",
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--note", default="compute-sanitizer not run")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benches/cuda.py: torch sees no GPU here; nothing was measured")
+        raise SystemExit("benches/gpu_figures.py: torch sees no GPU here; nothing was measured")
     if arguments.small:
         return small()
     machine = Machine()

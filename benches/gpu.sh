@@ -8,7 +8,7 @@ python - <<'PYTHON'
 import torch
 
 if not torch.cuda.is_available():
-    raise SystemExit("benches/cuda.sh: torch sees no GPU here; nothing was measured")
+    raise SystemExit("benches/gpu.sh: torch sees no GPU here; nothing was measured")
 PYTHON
 capability=$(python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 [ "$capability" = 90 ] && capability=90a
@@ -23,10 +23,10 @@ sanitized="compute-sanitizer not found: not run"
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         echo "== compute-sanitizer $tool"
-        compute-sanitizer --tool "$tool" --error-exitcode 1 python benches/cuda.py --small
+        compute-sanitizer --tool "$tool" --error-exitcode 1 python benches/gpu_figures.py --small
     done
-    sanitized="compute-sanitizer memcheck and racecheck over benches/cuda.py --small: no error"
+    sanitized="compute-sanitizer memcheck and racecheck over benches/gpu_figures.py --small: no error"
 fi
 
 echo "== benches"
-python benches/cuda.py --note "$sanitized"
+python benches/gpu_figures.py --note "$sanitized"
