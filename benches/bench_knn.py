@@ -4,7 +4,9 @@
     pytest benches/bench_knn.py --full     the sizes of docs/results
 
 "features" are overlapping clusters of unit vectors, as a network gives them; "noise" has no structure, the hard case.
-FASTCLUST_CPU_CAPABILITY chooses our kernels.
+FASTCLUST_CPU_CAPABILITY chooses our kernels. faiss's OpenBLAS does not know every virtual CPU and then runs several
+times slower than it can: OPENBLAS_VERBOSE=2 tells what it takes the CPU for, OPENBLAS_CORETYPE=SkylakeX sets it where
+there is AVX-512.
 """
 
 import pytest
