@@ -247,14 +247,14 @@ class TestKNN:
             )
         return queries @ x.T
 
-    def check(self, worker, x, k, metric, queries=None):
+    def check(self, worker, x, k, metric, queries=None, tolerance=None):
         values, indices = self.search(worker, x, k, metric, queries)
         scores = self.scores(x, x if queries is None else queries, metric)
         if queries is None:
             np.fill_diagonal(scores, -np.inf)
             assert (indices != np.arange(len(x))[:, None]).all()
         best = -np.sort(-scores, axis=1)[:, :k]
-        tolerance = 1e-5 if x.dtype == np.float32 else 1e-12
+        tolerance = tolerance or (1e-5 if x.dtype == np.float32 else 1e-12)
         chosen = np.take_along_axis(scores, indices, 1)
         np.testing.assert_allclose(chosen, best, atol=tolerance, rtol=tolerance)
         np.testing.assert_allclose(-values if metric == "euclidean" else values, chosen, atol=tolerance, rtol=tolerance)
@@ -276,6 +276,15 @@ class TestKNN:
     def test_lists_fill_up(self, worker, rng):
         x = np.sort(rng.random(400).astype(np.float32))[:, None]
         self.check(worker, x, 2, "inner_product", np.ones((65, 1), np.float32))
+
+    @pytest.mark.parametrize("metric", ["inner_product", "euclidean"])
+    def test_margins_that_halves_do_not_see(self, worker, rng, metric):
+        """Scores closer than halves can tell apart: without its bound the filter would drop some of the best."""
+        x = (rng.normal(size=16) + 2e-3 * rng.normal(size=(400, 16))).astype(np.float32)
+        x[0] += 1  # where euclidean takes its shift
+        self.check(
+            worker, x, 20, metric, x[1:130] * np.float32(1.001), tolerance=1e-6
+        )  # two tiles of queries, no splits
 
     @pytest.mark.parametrize("metric", METRICS)
     def test_ties_go_to_the_lowest_index(self, worker, rng, metric):
