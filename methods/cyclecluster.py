@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +27,12 @@ import fastclust
 from methods.common import networks
 from methods.common.augment import Augment
 from methods.common.config import RunConfig, launch
-from methods.common.data import ImageData, choose_labelled, load
+from methods.common.data import ImageData, choose_labelled
 from methods.common.errors import UserError
 from methods.common.progress import Progress
 from methods.common.report import Section, classification_sections, curves, page
 from methods.common.run import Run
+from methods.common.sources import load
 from methods.common.training import cosine, cycled, infer, pick_device, shuffled
 
 # ============================================================================================================= settings
@@ -125,6 +126,9 @@ PRESETS = {
         shift=1.0,
     ),
 }
+PRESETS["folder"] = replace(
+    PRESETS["digits"], preset="folder", data="folder:.", labels=0, neighbours=20, pad=2, flip=True, shift=0.0
+)
 
 # Panels of the report: metric -> the name shown.
 PANELS = {
@@ -141,16 +145,15 @@ def train(config: Config, resume: Path | None = None) -> Run:
     # ------------------------------------------------------------------------------------------------ images and labels
     torch.manual_seed(config.seed)
     device = pick_device(config.device, config.threads)
-    data = load(config.data, seed=config.seed)
+    data = load(config)
     labelled = choose_labelled(data.y_train, config.labels, data.n_classes, config.seed)
     check(config, n_images=len(data.x_train), n_labelled=len(labelled))
-    fingerprint = data.fingerprint()
     data = data.to(device)
     given = torch.full_like(data.y_train, -1)
     given[labelled] = data.y_train[labelled]
     learner = Learner(config, data, given)
 
-    with Run("cyclecluster", config, data.name, fingerprint, resume) as run:
+    with Run("cyclecluster", config, data, resume) as run:
         state = run.restore() if resume else None
         first = learner.load_state(state) if state else 0
         done = learner.total_steps(first) if first else 0
@@ -176,7 +179,7 @@ def train(config: Config, resume: Path | None = None) -> Run:
                     if clusters is not None:
                         metrics["loss_clusters"] = learner.cluster_pass(clusters, f"epoch {epoch + 1}, clusters")
                     metrics["loss_classes"] = learner.class_pass(classes, f"epoch {epoch + 1}, classes")
-                metrics |= {"test_error": learner.test_error(), "seconds": time.perf_counter() - started}
+                metrics |= learner.test_error() | {"seconds": time.perf_counter() - started}
                 run.save(metrics, epoch=epoch + 1, **learner.state())
                 learner.progress.epoch(f"epoch {epoch + 1:3}/{config.epochs}", in_short(metrics))
 
@@ -354,9 +357,13 @@ class Learner:
         self.network.eval()
         return infer(self.network, images)[:, : self.data.n_classes].softmax(dim=1)
 
-    def test_error(self) -> float:
-        """Per cent of the test images. Written down for the curves; no decision of the run depends on it."""
-        return error_rate(self.probabilities(self.data.x_test).argmax(dim=1), self.data.y_test)
+    def test_error(self) -> dict[str, float]:
+        """Per cent of the test images whose class is known, if any; no decision of the run depends on it."""
+        known = self.data.y_test >= 0
+        if not known.any():
+            return {}
+        predicted = self.probabilities(self.data.x_test).argmax(dim=1)
+        return {"test_error": error_rate(predicted[known], self.data.y_test[known])}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -444,23 +451,35 @@ def in_short(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def write_results(run: Run, learner: Learner) -> None:
-    """Write predictions.csv and report.html, and tell what came out."""
+    """Write predictions.csv, report.html and result.json, and tell what came out."""
     config, data = learner.config, learner.data.to(torch.device("cpu"))
     train, test = learner.probabilities(learner.data.x_train).cpu(), learner.probabilities(learner.data.x_test).cpu()
     run.write_predictions(data, learner.given, train, test)
 
-    n_labelled = len(learner.labelled)
+    held_out = data.held_out(learner.given.cpu())
+    probability = test if len(test) else train[learner.unlabelled.cpu()]
+    figures = {"seconds": sum(metrics["seconds"] for metrics in run.history)}
+    if held_out.known:
+        error = error_rate(probability.argmax(dim=1), held_out.truth)
+        kind = held_out.what.split()[0]  # test, unlabelled
+        figures = {f"{kind}_error": error} | figures
+    run.finish(figures)
+
     what = {"none": "CycleCluster", "graph": "diffusion alone", "supervised": "labelled images alone"}[config.baseline]
-    title = f"{what} on {data.name}, {n_labelled} labels, seed {config.seed}"
-    error = run.history[-1]["test_error"]
-    seconds = sum(metrics["seconds"] for metrics in run.history)
+    title = f"{what} on {data.name}, {len(learner.labelled)} labels, seed {config.seed}"
+    facts = {"images": f"{len(train) + len(test)}", "labels": f"{len(learner.labelled)}"}
+    if held_out.known:
+        facts[f"{kind} error"] = f"{error:.2f} %"
+    facts |= {"mean confidence": f"{100 * probability.amax(dim=1).mean():.1f} %"}
+    facts |= {"epochs": f"{config.epochs}", "time": f"{figures['seconds']:.0f} s"}
+    features = learner.features(held_out.images.to(learner.given.device)).cpu()
     sections = [
         Section("Training", "What each epoch left; errors in per cent.", curves(run.history, PANELS)),
-        *classification_sections(data, test, learner.features(learner.data.x_test).cpu()),
+        *classification_sections(held_out, data.class_names, probability, features),
     ]
-    facts = {"test error": f"{error:.2f} %", "epochs": str(config.epochs), "time": f"{seconds:.0f} s"}
     run.write_text("report.html", page(title, facts, sections))
-    print(f"{title}: test error {error:.2f} %, {seconds:.0f} s")
+    outcome = f"{kind} error {error:.2f} %, " if held_out.known else ""
+    print(f"{title}: {outcome}{figures['seconds']:.0f} s")
     print(f"  what the run left  {run.path}/report.html, predictions.csv, metrics.jsonl")
     print(f"  predict new images python -m methods.predict {run.path} IMAGE...")
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.common import networks
-from methods.common.data import read_npz_images
 from methods.common.errors import UserError
-from methods.common.images import find_images, read_image
+from methods.common.images import find_images, read_images
 from methods.common.run import load_checkpoint, write_whole
+from methods.common.sources import read_npz_images
 from methods.common.training import infer, pick_device
 
 
@@ -79,30 +79,20 @@ def load_network(run: Path, device: torch.device) -> tuple[nn.Module, dict[str, 
 def read_all(paths: list[Path], n_channels: int, image_size: tuple[int, int]) -> tuple[list[str], Tensor]:
     """All images as one uint8 tensor (N, C, H, W), with a name for each."""
     names: list[str] = []
-    images: list[Tensor] = []
+    stacks: list[Tensor] = []
     for path in paths:
         if path.suffix == ".npz":
             stack = read_npz_images(path, n_channels, image_size)
-            images.extend(stack)
-            names.extend(f"{path}[{index}]" for index in range(len(stack)))
-            continue
-        for file in find_images(path):
-            image = read_or_tell(file, n_channels, image_size)
-            if image is not None:
-                images.append(image)
-                names.append(str(file))
-    if not images:
+            names += [f"{path}[{index}]" for index in range(len(stack))]
+        else:
+            stack, files, unreadable = read_images(find_images(path), n_channels, image_size)
+            names += map(str, files)
+            for file, reason in unreadable:
+                print(f"predict: left out {file}: {reason}", file=sys.stderr)
+        stacks.append(stack)
+    if not names:
         raise UserError("none of these images could be read")
-    return names, torch.stack(images)
-
-
-def read_or_tell(file: Path, n_channels: int, image_size: tuple[int, int]) -> Tensor | None:
-    """The image, or None with a line on stderr."""
-    try:
-        return read_image(file, n_channels, image_size)
-    except (OSError, ValueError) as error:
-        print(f"predict: left out {file}: {error}", file=sys.stderr)
-        return None
+    return names, torch.cat(stacks)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import fastclust
 from methods import cyclecluster, predict
 from methods.common.config import launch
-from methods.common.data import choose_labelled, load
+from methods.common.data import choose_labelled
 from methods.common.run import load_checkpoint
+from methods.common.sources import load
 from methods.common.training import cosine
 from methods.cyclecluster import PRESETS, Config, Learner, match_ids, train
 
@@ -68,7 +69,7 @@ def small(stripes: Path, tmp_path: Path) -> Config:
 
 @pytest.fixture
 def learner(small: Config) -> Learner:
-    data = load(small.data, seed=0)
+    data = load(small)
     given = torch.full_like(data.y_train, -1)
     labelled = choose_labelled(data.y_train, small.labels, 3, 0)
     given[labelled] = data.y_train[labelled]

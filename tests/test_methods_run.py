@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from methods.common.config import RunConfig, launch, load_config, parse
+from methods.common.data import ImageData
 from methods.common.errors import UserError
 from methods.common.progress import Progress
 from methods.common.run import Run, rng_state, set_rng_state, write_whole
 from methods.common.training import cosine, cycled, infer, pick_device, shuffled
 
 PRESETS = {"digits": RunConfig(), "other": RunConfig(preset="other", data="digits", labels=7)}
+
+
+def images(pixel: int = 0, **more) -> ImageData:
+    x, y = torch.full((4, 1, 8, 8), pixel, dtype=torch.uint8), torch.tensor([0, 1, -1, -1])
+    return ImageData("set", x, y, x[:2], y[:2], ("cat", "dog"), **more)
 
 
 @pytest.fixture
@@ -54,12 +60,12 @@ def test_every_generator_goes_on_where_it_stopped() -> None:
 
 
 def test_what_was_saved_comes_back_and_metrics_agree_with_it(config: RunConfig) -> None:
-    with Run("paper", config, "set", 17) as run:
+    with Run("paper", config, images()) as run:
         run.save({"epoch": 1, "loss": 2.0}, weights=torch.ones(3), epoch=1)
         run.save({"epoch": 2, "loss": 1.0}, weights=torch.zeros(3), epoch=2)
         drawn = torch.rand(4)
     (run.path / "metrics.jsonl").open("a").write('{"epoch": 3, "lo')  # as a kill in mid-write would leave it
-    with Run("paper", config, "set", 17, run.path) as again:
+    with Run("paper", config, images(), run.path) as again:
         state = again.restore()
     assert state["epoch"] == 2
     assert torch.equal(state["weights"], torch.zeros(3))
@@ -70,22 +76,36 @@ def test_what_was_saved_comes_back_and_metrics_agree_with_it(config: RunConfig) 
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(config: RunConfig) -> None:
-    assert len({Run("paper", config, "set", 0).path for _ in range(3)}) == 3
+    assert len({Run("paper", config, images()).path for _ in range(3)}) == 3
 
 
 def test_a_run_is_not_resumed_on_other_data_or_from_a_damaged_checkpoint(config: RunConfig) -> None:
-    run = Run("paper", config, "set", 17)
+    run = Run("paper", config, images())
     assert run.restore() is None
     run.save({"epoch": 1}, epoch=1)
     with pytest.raises(UserError, match="other data"):
-        Run("paper", config, "set", 18, run.path).restore()
+        Run("paper", config, images(1), run.path).restore()
     (run.path / "checkpoint.pt").write_bytes((run.path / "checkpoint.pt").read_bytes()[:300])
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be read"):
-        Run("paper", config, "set", 17, run.path).restore()
+        Run("paper", config, images(), run.path).restore()
+
+
+def test_predictions_name_every_image_and_left_out_files_are_listed(config: RunConfig) -> None:
+    data = images(files=("a.png", "b/c.png", "d.png", "e.png"), left_out=(("x.png", "truncated"),))
+    run = Run("paper", config, data)
+    run.write_predictions(data, torch.tensor([1, -1, -1, -1]), torch.tensor([[0.2, 0.8]] * 4), torch.eye(2))
+    assert (run.path / "predictions.csv").read_text().splitlines() == [
+        "split,image,label,confidence,given_label",
+        "train,a.png,dog,0.8000,dog",
+        *(f"train,{name},dog,0.8000," for name in ("b/c.png", "d.png", "e.png")),
+        "test,0,cat,1.0000,",
+        "test,1,dog,1.0000,",
+    ]
+    assert (run.path / "left_out.csv").read_text() == "file,reason\nx.png,truncated\n"
 
 
 def test_ctrl_c_tells_how_to_go_on(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run("paper", config, "set", 0)
+    run = Run("paper", config, images())
     run.save({"epoch": 1}, epoch=1)
     with pytest.raises(KeyboardInterrupt), run:
         raise KeyboardInterrupt
@@ -103,13 +123,13 @@ def test_the_command_line_starts_from_a_preset(config: RunConfig) -> None:
 
 
 def test_a_resumed_run_has_the_settings_it_was_started_with(config: RunConfig) -> None:
-    run = Run("paper", config, "set", 0)
+    run = Run("paper", config, images())
     assert load_config(run.path, RunConfig, "paper") == config
     assert parse(PRESETS, ["--resume", str(run.path)], "paper") == (config, run.path)
 
 
 def test_what_cannot_be_resumed(config: RunConfig, tmp_path: Path) -> None:
-    run = Run("paper", config, "set", 0)
+    run = Run("paper", config, images())
     for argv, message in (
         (["--resume", str(run.path), "--seed", "1"], "without any other option"),
         (["--resume", str(tmp_path)], "is no run's folder"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +20,19 @@ class RunConfig:
     """Settings that every paper's trainer has."""
 
     preset: str = "digits"
-    """Where all other defaults come from. Without it: the preset named like --data, else `digits`."""
+    """Where all other defaults come from. Without it: the preset named like --data, else the first one."""
     data: str = "digits"
-    """Images: `digits` (scikit-learn's, nothing to download) or `npz:FILE` (x_train, y_train, x_test, y_test)."""
+    """Images: `digits` (nothing to download), `usps`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `mini-imagenet`,
+    `npz:FILE` (x_train, y_train, x_test, y_test; the last two may be missing, and classes -1 are unknown), or
+    `folder:DIR` (image files of any size, and labels.csv: file,label)."""
+    data_dir: str = field(default_factory=lambda: os.environ.get("FASTCLUST_DATA", "data"))
+    """Folder of the sets that have a name: NAME.npz, or torchvision's files. Environment: FASTCLUST_DATA."""
+    download: bool = False
+    """Have torchvision download a named set that is not there."""
+    image_size: int = 32
+    """Side in pixels to which the images of a folder are brought; other data keep theirs."""
+    subset: int = 0
+    """Train on that many of the training images, every class in proportion; 0 takes all."""
     labels: int = 50
     """Labelled training images, spread evenly over the classes; 0 takes every label the data has."""
     seed: int = 0
@@ -52,8 +63,8 @@ def parse(presets: Mapping[str, ConfigT], argv: list[str], method: str) -> tuple
 
     name = _option(argv, "--preset")
     if name is None:
-        data = _option(argv, "--data")
-        name = data if data in presets else next(iter(presets))
+        kind = (_option(argv, "--data") or "").partition(":")[0]
+        name = kind if kind in presets else next(iter(presets))
     if name not in presets:
         raise UserError(f"--preset {name} is unknown; there are {', '.join(presets)}")
 
@@ -70,7 +81,6 @@ def parse(presets: Mapping[str, ConfigT], argv: list[str], method: str) -> tuple
         args=argv,
         prog=f"python -m methods.{method}",
         description=description,
-        config=(tyro.conf.FlagConversionOff,),
     )
     return config, None
 

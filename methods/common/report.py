@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.common.data import ImageData
+from methods.common.data import HeldOut
 
 _EMBEDDED, _SHOWN = 1000, 24  # images in the embedding, images in each gallery
 
@@ -48,33 +48,52 @@ def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> s
     return "\n".join([*parts, "</html>\n"])
 
 
-def classification_sections(data: ImageData, probability: Tensor, features: Tensor) -> list[Section]:
-    """Confusion matrix, embedding, most and least certain images of the test images.
+def classification_sections(
+    held_out: HeldOut, class_names: Sequence[str], probability: Tensor, features: Tensor
+) -> list[Section]:
+    """What a classifier makes of images that it was given no class of, whether their truth is known or not.
+
+    Confusion matrix and worst mistakes where it is known, else how often each class is predicted; embedding; most and
+    least certain images.
 
     Args:
-        data: on the CPU.
-        probability: (N, C), of the test images.
-        features: (N, D), of the test images.
+        held_out: on the CPU.
+        probability: (N, C) of those images.
+        features: (N, D) of those images.
     """
+    what, truth, names = held_out.what, held_out.truth, [name[:12] for name in class_names]
     confidence, predicted = probability.max(dim=1)
     order = confidence.argsort(descending=True, stable=True)
-    names = [name[:8] for name in data.class_names]
+
+    def caption_of(i: int) -> str:
+        caption = f"{names[predicted[i]]} {100 * confidence[i]:.0f} %"
+        mistaken = held_out.known and truth[i] != predicted[i]
+        return f"{caption}, is {names[truth[i]]}" if mistaken else caption
 
     def shown(indices: Tensor) -> str:
-        titles = [f"{names[predicted[i]]} {100 * confidence[i]:.0f} %" for i in indices]
-        return gallery(data.x_test[indices], titles)
+        return gallery(held_out.images[indices], [caption_of(i) for i in indices.tolist()])
 
     some = torch.linspace(0, len(features) - 1, min(len(features), _EMBEDDED)).long()
-    return [
-        Section("Confusion matrix", "Test images; a row is a true class.", confusion(data.y_test, predicted, names)),
+    classes, coloured_by = (truth, "true") if held_out.known else (predicted, "predicted")
+    sections = [
         Section(
             "Features",
-            f"{len(some)} test images by t-SNE of the network's features, coloured by true class.",
-            embedding(features[some], data.y_test[some], names),
+            f"{len(some)} {what} by t-SNE of the network's features, coloured by {coloured_by} class.",
+            embedding(features[some], classes[some], names),
         ),
-        Section("Least certain test images", "Predicted class and confidence.", shown(order.flip(0)[:_SHOWN])),
-        Section("Most certain test images", "Predicted class and confidence.", shown(order[:_SHOWN])),
+        Section(f"Least certain {what}", "Predicted class and confidence.", shown(order.flip(0)[:_SHOWN])),
+        Section(f"Most certain {what}", "Predicted class and confidence.", shown(order[:_SHOWN])),
     ]
+    if not held_out.known:
+        counts = Section("Predicted classes", f"How many of the {what} got each class.", bars(predicted, names))
+        return [counts, *sections]
+    caption = f"{len(truth)} {what}; a row is a true class."
+    sections.insert(0, Section("Confusion matrix", caption, confusion(truth, predicted, names)))
+    wrong = order[(predicted != truth)[order]]
+    if len(wrong):
+        caption = f"The most certain of the {len(wrong)} mistakes among {what}: predicted and true class."
+        sections.insert(2, Section("Worst mistakes", caption, shown(wrong[:_SHOWN])))
+    return sections
 
 
 def curves(history: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]) -> str:
@@ -113,6 +132,17 @@ def confusion(truth: Tensor, predicted: Tensor, class_names: Sequence[str]) -> s
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     return _drawn(figure, "confusion matrix")
+
+
+def bars(classes: Tensor, class_names: Sequence[str]) -> str:
+    """How many images have each class."""
+    counts = torch.bincount(classes, minlength=len(class_names))
+    figure, (axis,) = _figure((min(2 + 0.45 * len(class_names), 9.0), 2.8))
+    axis.bar(range(len(class_names)), counts.numpy())
+    if len(class_names) <= 20:
+        axis.set_xticks(range(len(class_names)), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
+    axis.set_ylabel("images")
+    return _drawn(figure, "images per class")
 
 
 def embedding(features: Tensor, classes: Tensor, class_names: Sequence[str]) -> str:

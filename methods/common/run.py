@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -36,16 +36,18 @@ class Run:
         history: one dict of metrics per finished epoch.
     """
 
-    def __init__(self, method: str, config: RunConfig, data_name: str, fingerprint: int, resume: Path | None = None):
-        self.method, self._fingerprint = method, fingerprint
+    def __init__(self, method: str, config: RunConfig, data: ImageData, resume: Path | None = None):
+        self.method, self._fingerprint = method, data.fingerprint()
         self.history: list[dict[str, Any]] = []
         self._events = None
         if resume is not None:
             self.path = resume
             return
-        self.path = _new_folder(Path(config.runs), f"{method}-{data_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.path = _new_folder(Path(config.runs), f"{method}-{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         settings = {"method": method, "settings": asdict(config), "torch": torch.__version__, "argv": sys.argv[1:]}
         self.write_text("config.json", json.dumps(settings, indent=2) + "\n")
+        if data.left_out:
+            self.write_table("left_out.csv", ["file", "reason"], data.left_out)
 
     # ---------------------------------------------------------------------------------------------- metrics, checkpoint
 
@@ -88,22 +90,31 @@ class Run:
         return write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def write_predictions(self, data: ImageData, given: Tensor, train: Tensor, test: Tensor) -> Path:
-        """Write predictions.csv: a row for each image.
+        """Write predictions.csv: a row for each image, called by its file or by its place in the set.
 
         Args:
             given: int64 (N,), classes the trainer was given for the training images, -1 where none.
             train, test: class probabilities of the training images (N, C) and of the test images.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["split", "image", "label", "confidence", "given_label"])
+        table = []
         for split, probability, classes in (("train", train, given), ("test", test, torch.full((len(test),), -1))):
+            names = data.files if data.files and split == "train" else range(len(probability))
             confidence, label = probability.max(dim=1)
-            rows = zip(label.tolist(), confidence.tolist(), classes.tolist(), strict=True)
-            for index, (predicted, certain, known) in enumerate(rows):
+            rows = zip(names, label.tolist(), confidence.tolist(), classes.tolist(), strict=True)
+            for name, predicted, certain, known in rows:
                 known_name = data.class_names[known] if known >= 0 else ""
-                writer.writerow([split, index, data.class_names[predicted], f"{certain:.4f}", known_name])
-        return self.write_text("predictions.csv", text.getvalue())
+                table.append([split, name, data.class_names[predicted], f"{certain:.4f}", known_name])
+        return self.write_table("predictions.csv", ["split", "image", "label", "confidence", "given_label"], table)
+
+    def write_table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+        """Write a CSV file."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        return self.write_text(name, text.getvalue())
+
+    def finish(self, figures: dict[str, float]) -> None:
+        """The run is over: write result.json, its last figures by name (`test_error`, `seconds`, …)."""
+        self.write_text("result.json", json.dumps(figures, indent=2) + "\n")
 
     # ---------------------------------------------------------------------------------------------------------- context
 
