@@ -126,6 +126,8 @@ PRESETS = {
         shift=1.0,
     ),
 }
+PRESETS["usps"] = replace(PRESETS["digits"], preset="usps", data="usps", labels=100, epochs=20, anneal_end=22)
+PRESETS["mnist"] = replace(PRESETS["usps"], preset="mnist", data="mnist")
 PRESETS["folder"] = replace(
     PRESETS["digits"], preset="folder", data="folder:.", labels=0, neighbours=20, pad=2, flip=True, shift=0.0
 )
