@@ -1,4 +1,7 @@
-"""The public names of fastclust, nothing else."""
+"""The public names of fastclust, nothing else. Estimators are imported when first asked for: scikit-learn is heavy."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import metrics as metrics
 from . import ops as ops
@@ -16,3 +19,22 @@ from ._kmeans import kmeans as kmeans
 from ._kmeans import kmeans_assign as kmeans_assign
 from ._pairwise import pairwise_kl as pairwise_kl
 from ._pairwise import soft_assign as soft_assign
+
+if TYPE_CHECKING:
+    from . import _estimators as _estimators
+    from ._estimators import ConstrainedKMeans as ConstrainedKMeans
+    from ._estimators import KMeans as KMeans
+    from ._estimators import KNeighborsGraph as KNeighborsGraph
+    from ._estimators import LabelPropagation as LabelPropagation
+
+_ESTIMATORS = ("ConstrainedKMeans", "KMeans", "KNeighborsGraph", "LabelPropagation")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ESTIMATORS:
+        return getattr(importlib.import_module("._estimators", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ESTIMATORS])

@@ -36,6 +36,8 @@ class PseudoLabels(NamedTuple):
     """(N, C) rows that sum to 1, or 0 where no label reaches."""
     residual: Tensor
     """(C,) how far the diffusion is from solved; see `DiffusionResult`."""
+    n_iter: Tensor
+    """(C,) int64: the steps each class took."""
 
 
 def _csr(op: str, graph: object, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +110,7 @@ def propagate_labels(
         alpha, tol, max_iter: see `diffuse`.
 
     Returns:
-        labels (N,) int64, weights ω (N,), class_weights ζ (C,), scores Z (N, C) and residual (C,).
+        labels (N,) int64, weights ω (N,), class_weights ζ (C,), scores Z (N, C), residual (C,) and n_iter (C,).
 
     Raises:
         TypeError: graph is not a CSR tensor, or labels not an integer one.
@@ -155,4 +157,4 @@ def propagate_labels(
     if empty := int((counts == 0).sum()):
         warnings.warn(f"{op}: {empty} of {n_classes} classes are empty: class weight 0", stacklevel=2)
     zeta = torch.where(counts > 0, n_points / n_classes / counts.clamp(min=1), 0.0).to(weights.dtype)
-    return PseudoLabels(pseudo, omega, zeta, scores, diffused.residual)
+    return PseudoLabels(pseudo, omega, zeta, scores, diffused.residual, diffused.n_iter)

@@ -110,9 +110,14 @@ def knn_graph(
         if metric == "euclidean":
             values = _self_tuning_kernel(values, indices)
         crow, col, weights = ops.knn_to_csr(values, indices, float(power), symmetrize)
+    return csr_tensor(crow, col, weights, (x.shape[0], x.shape[0]))
+
+
+def csr_tensor(crow: Tensor, col: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A sparse CSR tensor of parts that are known to be right."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # of no use to a user
-        return torch.sparse_csr_tensor(crow, col, weights, (x.shape[0], x.shape[0]), check_invariants=False)
+        return torch.sparse_csr_tensor(crow, col, weights, shape, check_invariants=False)
 
 
 def _self_tuning_kernel(distances: Tensor, indices: Tensor) -> Tensor:

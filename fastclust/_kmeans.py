@@ -57,6 +57,15 @@ def _generator(seed: int | Generator | None, device: torch.device) -> Generator 
     return Generator(device).manual_seed(int(seed))
 
 
+def _uniforms(shape: tuple[int, ...], x: Tensor, generator: Generator | None) -> Tensor:
+    """Draws in [0, 1) of the dtype of x: float64 has float32's and more bits, so that both start at the same rows."""
+    draws = torch.rand(shape, dtype=torch.float32, device=x.device, generator=generator)
+    if x.dtype == torch.float32:
+        return draws
+    more = torch.rand(shape, dtype=torch.float32, device=x.device, generator=generator)
+    return draws.double() + more.double() * 2.0**-24
+
+
 def _first_centroids(
     x: Tensor, weight: Tensor | None, n_clusters: int, init: str, n_init: int, generator: Generator | None
 ) -> Tensor:
@@ -70,8 +79,7 @@ def _first_centroids(
         rows = keys.topk(n_clusters, dim=-1).indices
     else:
         candidates = 2 + int(math.log(n_clusters))
-        shape = (B, n_init, n_clusters, candidates)
-        rows = ops.kmeans_plus_plus(x, weight, torch.rand(shape, dtype=x.dtype, device=x.device, generator=generator))
+        rows = ops.kmeans_plus_plus(x, weight, _uniforms((B, n_init, n_clusters, candidates), x, generator))
     flat = rows.flatten(1)[..., None].expand(-1, -1, D)
     return x.gather(1, flat).view(B, n_init, n_clusters, D)
 

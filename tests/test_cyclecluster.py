@@ -112,8 +112,9 @@ def test_cluster_passes_teach_the_clusters(learner: Learner) -> None:
 
 def test_class_pass_is_equation_6(learner: Learner, monkeypatch) -> None:
     n = len(learner.given)
+    class_weights, residual, n_iter = torch.tensor([0.5, 1.0, 2.0]), torch.zeros(3), torch.ones(3, dtype=torch.int64)
     pseudo = fastclust.PseudoLabels(
-        torch.randint(3, (n,)), torch.rand(n), torch.tensor([0.5, 1.0, 2.0]), torch.rand(n, 3), torch.zeros(3)
+        torch.randint(3, (n,)), torch.rand(n), class_weights, torch.rand(n, 3), residual, n_iter
     )
     pseudo.weights[learner.labelled] = 1.0
     pseudo.labels[learner.labelled] = learner.given[learner.labelled]
