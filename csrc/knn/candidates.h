@@ -51,21 +51,24 @@ struct Ranked {
 /// Sorts best first. Runs of kRun are placed by counting, which has no branches to mispredict; then they are merged.
 template <class T>
 inline void sort_ranked(Ranked<T>* items, int64_t count, Ranked<T>* spare) {
-    constexpr int64_t kRun = 64;
+    constexpr int64_t kRun = 128, kLanes = 16;
     for (int64_t begin = 0; begin < count; begin += kRun) {
         const int64_t length = count - begin < kRun ? count - begin : kRun;
-        T scores[kRun];
-        int32_t indices[kRun];
+        T scores[kRun] = {};
+        int32_t indices[kRun] = {}, places[kRun] = {};
         for (int64_t i = 0; i < length; ++i) {
             scores[i] = items[begin + i].score;
             indices[i] = items[begin + i].index;
         }
-        for (int64_t i = 0; i < length; ++i) {
-            int32_t place = 0;
-            for (int64_t j = 0; j < length; ++j)
-                place += (scores[j] > scores[i]) | ((scores[j] == scores[i]) & (indices[j] < indices[i]));
-            spare[begin + place] = {scores[i], indices[i]};
+        for (int64_t j = 0; j < length; ++j) {
+            const T score = scores[j];
+            const int32_t index = indices[j];
+            for (int64_t first = 0; first < length; first += kLanes)
+#pragma GCC ivdep
+                for (int64_t i = first; i < first + kLanes; ++i)
+                    places[i] += (score > scores[i]) | ((score == scores[i]) & (index < indices[i]));
         }
+        for (int64_t i = 0; i < length; ++i) spare[begin + places[i]] = {scores[i], indices[i]};
     }
     Ranked<T>*from = spare, *to = items;
     for (int64_t run = kRun; run < count; run *= 2) {
@@ -103,8 +106,8 @@ struct Candidates {
     int32_t* counts;          // (rows)
     Score* floors;            // (rows) what does not reach its row's floor is no neighbour of it
 
-    /// Room for k and for twice as many that no bound has ruled out yet.
-    static int64_t capacity_for(int64_t k) { return (3 * k + 128 + 7) / 8 * 8; }
+    /// Room for k and for as many that no bound has ruled out yet.
+    static int64_t capacity_for(int64_t k) { return (2 * k + 96 + 7) / 8 * 8; }
 
     Candidates(int64_t rows, int64_t k, Score lowest, const Context& context)
         : capacity(capacity_for(k)),
@@ -118,6 +121,9 @@ struct Candidates {
     }
 
     Candidate<Score>* of(int64_t row) const { return items + row * capacity; }
+
+    /// Where the row's next candidate goes.
+    void prefetch(int64_t row) const { __builtin_prefetch(of(row) + counts[row], 1); }
 
     /// Drops what no longer reaches the floor.
     void sift(int64_t row) {

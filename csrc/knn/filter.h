@@ -16,11 +16,10 @@
 #include "common/products.h"
 #include "knn/buffer.h"
 #include "knn/rows.h"
+#include "knn/scan.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
-/// Columns come in groups of this many; a filter holds whole groups, the last filled up with rows that reach no bound.
-constexpr int64_t kGroup = 32;
 /// Rows multiplied at a time: whole tiles of products.h and of quantised.h.
 constexpr int64_t kStrip = 24;
 
@@ -62,7 +61,8 @@ inline RowTerms row_terms(Metric metric, const T* x, const T* z, const T* centre
     return {along - centre_square / 2, gamma * x_square / 2 + gamma * z_square};
 }
 
-/// The filter of single-precision products: its error is rounding alone.
+/// The filter of single-precision products: its error is rounding alone. Its columns come in whole groups, the last filled up
+/// with rows that reach no bound.
 template <class T>
 struct FloatFilter {
     using Score = float;
@@ -112,9 +112,12 @@ struct FloatFilter {
         products::pack_rows<float>(staging, count, rows.depth, rows.depth, nullptr, strip);
     }
 
-    /// out[r * columns + c]: the first `count` rows of a strip of them times the columns at [first, first + columns).
+    /// out[r * columns + c]: the first `count` rows of a strip of them times the columns at [first, first + columns), plus the
+    /// columns' biases.
     void multiply(const float* strip, int64_t count, int64_t first, int64_t columns, float* out) const {
         products::multiply<float>(strip, count, count, rows.depth, panels + first * rows.depth, columns / kWidth, out, columns);
+        for (int64_t r = 0; r < count; ++r)
+            for (int64_t c = 0; c < columns; ++c) out[r * columns + c] += bias[first + c];
     }
 
    private:

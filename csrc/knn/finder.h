@@ -1,7 +1,7 @@
 // The search itself, over a filter's scores. Rows of x stand in an order that makes each block of columns a fair sample of all.
 //
 // 1. A block of columns gives every row its first floor: the score of about the rank that the k-th best will have in a sample
-//    that size, with room to spare. It is a guess.
+//    that size, with room to spare. It is a guess; more columns make it a better one, twice on the way.
 // 2. Tiles: what reaches its row's floor goes to the row's buffer; a full buffer raises the floor (Candidates). Among the rows
 //    of x each tile serves both its rows and its columns; blocks meet in the rounds of a tournament, in which nobody plays
 //    twice, so that no two threads touch one row.
@@ -39,17 +39,21 @@ class Finder {
           block_(block_size(columns.rows.count, Filter::bytes_per_row(search.d))),
           found_(rows.padded(), search.k, Filter::kLowest, context),
           failed_(context.scratch<int32_t>(rows.rows.count)),
-          positions_(context.scratch<int32_t>(round_up(rows.rows.count, kStrip))) {
+          positions_(context.scratch<int32_t>(round_up(rows.rows.count, kStrip))),
+          row_slacks_(guessed_slacks(rows, context)),
+          column_slacks_(self_ ? row_slacks_ : guessed_slacks(columns, context)) {
         for (int64_t i = 0; i < rows.rows.count; ++i) positions_[i] = static_cast<int32_t>(i);
     }
 
     /// False, and nothing written, where `affordable` candidates per row would not do: the filter is too coarse for the data.
     bool run(double affordable) {
-        guessing_ = true;
         if (self_ ? !play_all_blocks(affordable) : !scan_all_columns(search_.m, affordable)) return false;
+        sort_by_pivot();
         int64_t failures = finish(search_.m);
         if (failures == 0) return true;
         guessing_ = false;
+        row_slacks_ = rows_.drop;
+        column_slacks_ = columns_.drop;
         for (int64_t f = 0; f < failures; ++f) {
             found_.counts[positions_[f]] = 0;
             found_.floors[positions_[f]] = Filter::kLowest;
@@ -73,7 +77,7 @@ class Finder {
         explicit Worker(const Finder& finder)
             : strip(finder.rows_.strip_size()),
               staging(kStrip * finder.search_.d),
-              tile(kStrip * (finder.block_ > kTileColumns ? finder.block_ : kTileColumns)),
+              tile(kStrip * (finder.block_ > 4 * kGroup ? finder.block_ : 4 * kGroup)),
               lower(finder.block_ > finder.found_.capacity ? finder.block_ : finder.found_.capacity),
               exact(finder.found_.capacity),
               ranked(finder.found_.capacity),
@@ -94,18 +98,30 @@ class Finder {
         return (block + 1) * block_ < columns_.padded() ? (block + 1) * block_ : columns_.padded();
     }
 
-    /// How far a score may lie above the true one. While guessing, errors are taken to be far from their bound.
-    Score slack(const Filter& filter, int64_t position) const {
-        constexpr float kShare = 0.625f;
-        return guessing_ ? static_cast<Score>(static_cast<float>(filter.drop[position]) * kShare) : filter.drop[position];
+    /// How far each column's scores may lie above the true ones, its share of it. While guessing, errors are taken to be small
+    /// beside their bound: a score lies about half of it too high.
+    static const Score* guessed_slacks(const Filter& filter, const Context& context) {
+        constexpr float kShare = 0.53F;
+        auto* slacks = context.scratch<Score>(filter.padded());
+        for (int64_t i = 0; i < filter.padded(); ++i) slacks[i] = static_cast<Score>(static_cast<float>(filter.drop[i]) * kShare);
+        return slacks;
     }
 
-    /// The rank in a sample of `size` columns of the floor to begin with.
+    /// The rank among `size` columns of the floor that they suggest: three deviations below where the k-th best of all should be.
     int64_t sample_rank(int64_t size) const {
         if (!guessing_) return search_.k;
-        const double mean = static_cast<double>(search_.k) * static_cast<double>(size) / static_cast<double>(search_.n);
-        const auto rank = static_cast<int64_t>(mean + 3 * std::sqrt(mean) + 2);
+        const double share = static_cast<double>(size) / static_cast<double>(search_.n), mean = static_cast<double>(search_.k) * share;
+        const auto rank = static_cast<int64_t>(mean + 3 * std::sqrt(mean * (1 - (share < 1 ? share : 1))) + 2);
         return rank < search_.k ? rank : search_.k;
+    }
+
+    /// Whether floors are worth another guess once a row has met this many blocks: each costs a pass over the candidates.
+    bool guess_again(int64_t blocks_met) const {
+        return blocks_met > 1 && (blocks_met == blocks() / 8 || blocks_met == blocks() * 3 / 8);
+    }
+
+    void refine_floor(Worker& worker, int64_t row, int64_t blocks_met) {
+        raise_to_rank(worker, row, sample_rank(blocks_met * block_));
     }
 
     // ---------------------------------------------------------------------------------------------------- orders of work
@@ -123,7 +139,7 @@ class Finder {
         });
         if (expected_candidates(search_.m) > affordable) return false;
         const int64_t players = count + count % 2;  // with an odd number, whoever meets the last one rests
-        for (int64_t round = 0; round + 1 < players; ++round)
+        for (int64_t round = 0; round + 1 < players; ++round) {
             parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
                 Worker worker(*this);
                 for (int64_t pair = begin; pair < end; ++pair) {
@@ -132,7 +148,16 @@ class Finder {
                     if (a < count && b < count) meet(worker, a, b);
                 }
             });
+            if (guess_again(round + 2)) refine_all_floors(round + 2);
+        }
         return true;
+    }
+
+    void refine_all_floors(int64_t blocks_met) {
+        parallel_for(0, rows_.rows.count, 256, [&](int64_t begin, int64_t end) {
+            Worker worker(*this);
+            for (int64_t row = begin; row < end; ++row) refine_floor(worker, row, blocks_met);
+        });
     }
 
     /// Per row, if all blocks of columns bring as many as the one that gave the first floors.
@@ -157,10 +182,13 @@ class Finder {
             Worker worker(*this);
             const int64_t rows = together * kStrip, last = end * rows < count ? end * rows : count;
             for (int64_t group = begin * rows; group < last; group += rows)
-                for (int64_t b = first_block; b < last_block; ++b)
+                for (int64_t b = first_block; b < last_block; ++b) {
                     for (int64_t row = group; row < last && row < group + rows; row += kStrip)
                         scan_rows(worker, positions_ + row, last - row < kStrip ? last - row : kStrip, block_begin(b),
                                   block_end(b), b == 0);
+                    if (!guess_again(b + 1)) continue;
+                    for (int64_t row = group; row < last && row < group + rows; ++row) refine_floor(worker, positions_[row], b + 1);
+                }
         });
     }
 
@@ -186,8 +214,11 @@ class Finder {
         for (int64_t row = block_begin(a); row < rows_end; row += kStrip) {
             const int64_t count = rows_end - row < kStrip ? rows_end - row : kStrip;
             rows_.load(positions_ + row, count, worker.strip.data, worker.staging.data);
+            for (int64_t r = row; r < row + count; ++r) found_.prefetch(r);
             for (int64_t first = block_begin(b); first < block_end(b); first += kTileColumns) {
                 const int64_t columns = block_end(b) - first < kTileColumns ? block_end(b) - first : kTileColumns;
+                if (row == block_begin(a))
+                    for (int64_t c = first; c < first + columns; ++c) found_.prefetch(c);
                 columns_.multiply(worker.strip.data, count, first, columns, worker.tile.data);
                 for (int64_t r = 0; r < count; ++r)
                     scan_row<true>(worker, row + r, worker.tile.data + r * columns, first, columns);
@@ -205,12 +236,12 @@ class Finder {
         for (int64_t begin = 0; begin < columns; begin += classes) {
             const int64_t end = begin + classes < columns ? begin + classes : columns;
             for (int64_t c = begin; c < end; ++c) {
-                const Score lower = dots[c] + columns_.bias[first + c] + bias - slack(columns_, first + c);
+                const Score lower = dots[c] + bias - column_slacks_[first + c];
                 best[c - begin] = best[c - begin] > lower ? best[c - begin] : lower;
             }
         }
         const Score bound = bound_of_rank(best, classes, rank, Filter::kLowest);
-        if (bound > Filter::kLowest) raise_floor(row, bound - slack(rows_, row));
+        if (bound > Filter::kLowest) raise_floor(row, bound - row_slacks_[row]);
     }
 
     void raise_floor(int64_t row, Score bound) {
@@ -219,20 +250,24 @@ class Finder {
 
     template <bool kBoth>
     void scan_row(Worker& worker, int64_t row, const Score* dots, int64_t first, int64_t columns) {
-        const Score row_bias = rows_.bias[row];
-        for (int64_t c = 0; c < columns; c += kGroup, dots += kGroup) {
-            const Score* bias = columns_.bias + first + c;
-            Hits hits = scan_group<kBoth>(dots, bias, found_.floors + first + c, row_bias, found_.floors[row]);
-            if ((hits.row | hits.column) == 0) continue;
-            for (; hits.row != 0; hits.row &= hits.row - 1) {
-                const int lane = std::countr_zero(hits.row);
-                append(worker, row, static_cast<int32_t>(first + c + lane), dots[lane] + bias[lane] + row_bias);
-            }
+        const Score bias = rows_.bias[row];
+        for (int64_t c = 0; c < columns; c += kGroup) {
+            const uint64_t hits = scan_group<kBoth>(dots + c, found_.floors + first + c, bias, found_.floors[row]);
+            if (hits != 0) keep_hits<kBoth>(worker, row, dots + c, first + c, hits);
+        }
+    }
+
+    /// Apart from the scan, which keeps its registers for itself.
+    template <bool kBoth>
+    [[gnu::noinline]] void keep_hits(Worker& worker, int64_t row, const Score* dots, int64_t first, uint64_t hits) {
+        const Score bias = rows_.bias[row];
+        for (; hits != 0; hits &= hits - 1) {
+            const int lane = std::countr_zero(hits);
+            const int64_t column = first + lane;
+            const Score upper = dots[lane] + bias;
+            if (upper >= found_.floors[row]) append(worker, row, static_cast<int32_t>(column), upper);
             if constexpr (kBoth)
-                for (; hits.column != 0; hits.column &= hits.column - 1) {
-                    const int lane = std::countr_zero(hits.column);
-                    append(worker, first + c + lane, static_cast<int32_t>(row), dots[lane] + bias[lane] + row_bias);
-                }
+                if (upper >= found_.floors[column]) append(worker, column, static_cast<int32_t>(row), upper);
         }
     }
 
@@ -246,14 +281,18 @@ class Finder {
         found_.of(row)[found_.counts[row]++] = {upper, column};
     }
 
-    /// Raises the row's floor to what k of its candidates surely (while guessing: most likely) reach, and drops the others.
-    void tighten(Worker& worker, int64_t row) {
+    /// Raises the row's floor to what `rank` of its candidates surely (while guessing: most likely) reach, and drops the others.
+    void raise_to_rank(Worker& worker, int64_t row, int64_t rank) {
         const Candidate<Score>* candidates = found_.of(row);
         const int32_t count = found_.counts[row];
-        for (int32_t c = 0; c < count; ++c) worker.lower.data[c] = candidates[c].score - slack(columns_, candidates[c].column);
-        const Score bound = bound_of_rank(worker.lower.data, count, search_.k, Filter::kLowest);
-        if (bound > Filter::kLowest) raise_floor(row, bound - slack(rows_, row));
+        for (int32_t c = 0; c < count; ++c) worker.lower.data[c] = candidates[c].score - column_slacks_[candidates[c].column];
+        const Score bound = bound_of_rank(worker.lower.data, count, rank, Filter::kLowest);
+        if (bound > Filter::kLowest) raise_floor(row, bound - row_slacks_[row]);
         found_.sift(row);
+    }
+
+    void tighten(Worker& worker, int64_t row) {
+        raise_to_rank(worker, row, search_.k);
         if (found_.counts[row] > (found_.capacity + search_.k) / 2) keep_exact_best(worker, row);
     }
 
@@ -262,13 +301,13 @@ class Finder {
     void score_exactly(Worker& worker, int64_t row) {
         Candidate<Score>* candidates = found_.of(row);
         const int32_t count = found_.counts[row];
-        const Score likely = found_.floors[row] + slack(rows_, row);
+        const Score likely = found_.floors[row] + row_slacks_[row];
         int32_t scored = 0;
         for (int32_t c = 0; c < count; ++c) {
             const Candidate<Score> candidate = candidates[c];
-            if (candidate.score - slack(columns_, candidate.column) < likely) continue;
             candidates[c] = candidates[scored];
-            candidates[scored++] = candidate;
+            candidates[scored] = candidate;
+            scored += candidate.score - column_slacks_[candidate.column] >= likely;
         }
         score_range(worker, row, 0, scored);
         const T bound = bound_of_rank(worker.exact.data, scored, search_.k, std::numeric_limits<T>::lowest());
@@ -319,6 +358,37 @@ class Finder {
         raise_floor(row, columns_.at_most(worst.score));
     }
 
+    /// Rows close to the same one of some columns follow each other: they share most of their candidates, which then stay in
+    /// cache while they are scored.
+    void sort_by_pivot() {
+        constexpr int64_t kPivots = 4 * kGroup, kCachedBytes = 1 << 20;
+        const int64_t count = search_.m;
+        if (columns_.rows.count < kPivots || columns_.rows.count * search_.d * static_cast<int64_t>(sizeof(T)) < kCachedBytes) return;
+        const Buffer<int32_t> pivots(count), sorted(count);
+        parallel_for(0, (count + kStrip - 1) / kStrip, 16, [&](int64_t begin, int64_t end) {
+            Worker worker(*this);
+            for (int64_t row = begin * kStrip; row < end * kStrip && row < count; row += kStrip) {
+                const int64_t rows = count - row < kStrip ? count - row : kStrip;
+                rows_.load(positions_ + row, rows, worker.strip.data, worker.staging.data);
+                columns_.multiply(worker.strip.data, rows, 0, kPivots, worker.tile.data);
+                for (int64_t r = 0; r < rows; ++r) pivots.data[row + r] = greatest(worker.tile.data + r * kPivots, kPivots);
+            }
+        });
+        int32_t starts[kPivots + 1] = {};
+        for (int64_t i = 0; i < count; ++i) ++starts[pivots.data[i] + 1];
+        for (int64_t p = 0; p < kPivots; ++p) starts[p + 1] += starts[p];
+        for (int64_t i = 0; i < count; ++i) sorted.data[starts[pivots.data[i]]++] = positions_[i];
+        for (int64_t i = 0; i < count; ++i) positions_[i] = sorted.data[i];
+    }
+
+    static int32_t greatest(const Score* scores, int64_t count) {
+        Score most = scores[0];
+        for (int64_t c = 1; c < count; ++c) most = scores[c] > most ? scores[c] : most;
+        int32_t at = 0;
+        while (scores[at] != most) ++at;
+        return at;
+    }
+
     /// Writes the results of positions_[0, count); those that are not certain come to stand first in positions_.
     int64_t finish(int64_t count) {
         parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
@@ -361,6 +431,7 @@ class Finder {
     Candidates<Score> found_;
     int32_t* failed_;
     int32_t* positions_;
+    const Score *row_slacks_, *column_slacks_;
     bool guessing_ = true;
 };
 

@@ -80,7 +80,7 @@ struct Int8Filter {
     Quantiser quantiser;
     double unit, centre_square = 0;
     uint32_t* panels;  // quantised.h
-    int32_t* starts;   // quantised.h (padded)
+    int32_t* starts;   // quantised.h (padded), plus bias
     int32_t* bias;
     int32_t* drop;
     bool usable = true;  // all rows are within the range of int32
@@ -169,7 +169,7 @@ struct Int8Filter {
             bias[position] = within ? static_cast<int32_t>(upper) : 0;
             drop[position] = within ? static_cast<int32_t>(slack) : 0;
         }
-        starts[position] = -128 * sum;
+        starts[position] = bias[position] - 128 * sum;
         uint32_t* out = column(position);
         for (int64_t w = 0; w < words(); ++w) out[w * quantised::kWidth] = words_out[w];
         return within;

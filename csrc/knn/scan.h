@@ -1,4 +1,5 @@
-// Which scores of a group of kGroup columns reach the floor of their row, and which the floors of their columns: one bit each.
+// Which scores of a group of columns may matter: those that reach their row's floor or, where both sides look for
+// neighbours, their column's. One bit each; hardly any is set, and whose floor it was is asked later.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,8 @@
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
-struct Hits {
-    uint32_t row = 0, column = 0;
-};
+/// Columns compared at once.
+constexpr int64_t kGroup = 64;
 
 #if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
 
@@ -34,10 +34,16 @@ inline __m512 add_scores(__m512 a, __m512 b) {
 inline __m512i add_scores(__m512i a, __m512i b) {
     return _mm512_add_epi32(a, b);
 }
-inline uint32_t reaching(__m512 a, __m512 floor) {
+inline __m512 lesser(__m512 a, __m512 b) {
+    return _mm512_min_ps(a, b);
+}
+inline __m512i lesser(__m512i a, __m512i b) {
+    return _mm512_min_epi32(a, b);
+}
+inline uint64_t reaching(__m512 a, __m512 floor) {
     return _mm512_cmp_ps_mask(a, floor, _CMP_GE_OQ);
 }
-inline uint32_t reaching(__m512i a, __m512i floor) {
+inline uint64_t reaching(__m512i a, __m512i floor) {
     return _mm512_cmpge_epi32_mask(a, floor);
 }
 
@@ -53,7 +59,10 @@ inline __m256 same_scores(float value) {
 inline __m256 add_scores(__m256 a, __m256 b) {
     return _mm256_add_ps(a, b);
 }
-inline uint32_t reaching(__m256 a, __m256 floor) {
+inline __m256 lesser(__m256 a, __m256 b) {
+    return _mm256_min_ps(a, b);
+}
+inline uint64_t reaching(__m256 a, __m256 floor) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, floor, _CMP_GE_OQ)));
 }
 
@@ -69,24 +78,26 @@ inline float same_scores(float value) {
 inline float add_scores(float a, float b) {
     return a + b;
 }
-inline uint32_t reaching(float a, float floor) {
+inline float lesser(float a, float b) {
+    return a < b ? a : b;
+}
+inline uint64_t reaching(float a, float floor) {
     return a >= floor;
 }
 
 #endif
 
-/// The score of column c is dots[c] + column_bias[c] + row_bias, in this order. Columns count only where kBoth.
+/// The filter's score of each column is dots[c] + row_bias, the column's own bias being among its dots. The columns' floors
+/// count only where kBoth.
 template <bool kBoth, class Score>
-inline Hits scan_group(const Score* dots, const Score* column_bias, const Score* column_floors, Score row_bias,
-                       Score row_floor) {
-    constexpr int kGroupColumns = 32;
-    const auto bias = same_scores(row_bias), floor = same_scores(row_floor);
-    Hits hits;
+inline uint64_t scan_group(const Score* dots, const Score* column_floors, Score row_bias, Score row_floor) {
+    const auto bias = same_scores(row_bias), own_floor = same_scores(row_floor);
+    uint64_t hits = 0;
 #pragma GCC unroll 4
-    for (int c = 0; c < kGroupColumns; c += kScanLanes) {
-        const auto score = add_scores(add_scores(load_scores(dots + c), load_scores(column_bias + c)), bias);
-        hits.row |= reaching(score, floor) << c;
-        if constexpr (kBoth) hits.column |= reaching(score, load_scores(column_floors + c)) << c;
+    for (int64_t c = 0; c < kGroup; c += kScanLanes) {
+        auto floor = own_floor;
+        if constexpr (kBoth) floor = lesser(floor, load_scores(column_floors + c));
+        hits |= reaching(add_scores(load_scores(dots + c), bias), floor) << c;
     }
     return hits;
 }
