@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.common import networks
+from methods.common import autoencoder, networks
 from methods.common.errors import UserError
 from methods.common.images import find_images, read_images
 from methods.common.run import load_checkpoint, write_whole
@@ -71,7 +71,8 @@ def load_network(run: Path, device: torch.device) -> tuple[nn.Module, dict[str, 
     if checkpoint is None:
         raise UserError(f"{run} holds no checkpoint.pt")
     state = checkpoint["state"]
-    network = networks.build(**state["architecture"])
+    build = autoencoder.build if state["architecture"]["name"] == autoencoder.NAME else networks.build
+    network = build(**state["architecture"])
     network.load_state_dict(state["network"])
     return network.to(device).eval(), state["architecture"], tuple(state["class_names"])
 

@@ -79,6 +79,21 @@ class ImageData:
         files = tuple(self.files[index] for index in chosen) if self.files else ()
         return replace(self, x_train=self.x_train[chosen], y_train=self.y_train[chosen], files=files)
 
+    def hold_out(self, share: float, seed: int) -> ImageData:
+        """The images of both parts split afresh: a test part of that share, every class in proportion."""
+        from sklearn.model_selection import train_test_split
+
+        images, classes = torch.cat([self.x_train, self.x_test]), torch.cat([self.y_train, self.y_test])
+        try:
+            parts = train_test_split(np.arange(len(images)), test_size=share, stratify=classes, random_state=seed)
+        except ValueError as error:
+            raise UserError(f"--holdout {share}: {error}") from None
+        train, test = (np.sort(part) for part in parts)
+        names = tuple(self.files[i] if i < len(self.files) else f"test {i}" for i in train) if self.files else ()
+        return replace(
+            self, x_train=images[train], y_train=classes[train], x_test=images[test], y_test=classes[test], files=names
+        )
+
     def fingerprint(self) -> int:
         """Checksum of all images and classes: a resumed run must meet the data it was started with."""
         checksum = zlib.crc32(repr((self.class_names, self.files)).encode())
@@ -209,4 +224,22 @@ def choose_labelled(classes: Tensor, n_labels: int, n_classes: int, seed: int) -
         if len(members) < share[label]:
             raise UserError(f"--labels {n_labels} asks for {share[label]} of class {label}, which has {len(members)}")
         chosen.append(rng.choice(members, share[label], replace=False))
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+def choose_percent(classes: Tensor, percent: float, n_classes: int, seed: int, least: int = 1) -> Tensor:
+    """Choose which training images keep their label: that share of each class, and no fewer than `least` of it.
+
+    Args:
+        classes: int64 (N,), -1 where the class is unknown.
+
+    Returns:
+        int64, ascending indices of the labelled images.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in range(n_classes):
+        members = np.flatnonzero(classes.cpu().numpy() == label)
+        share = max(round(len(members) * percent / 100), least)
+        chosen.append(rng.choice(members, min(share, len(members)), replace=False))
     return torch.from_numpy(np.sort(np.concatenate(chosen)))

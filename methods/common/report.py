@@ -15,7 +15,7 @@ from torch import Tensor
 
 from methods.common.data import HeldOut
 
-_EMBEDDED, _SHOWN = 1000, 24  # images in the embedding, images in each gallery
+SHOWN, _EMBEDDED = 24, 1000  # images in a gallery, images in an embedding
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -49,7 +49,7 @@ def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> s
 
 
 def classification_sections(
-    held_out: HeldOut, class_names: Sequence[str], probability: Tensor, features: Tensor
+    held_out: HeldOut, class_names: Sequence[str], probability: Tensor, features: Tensor | None
 ) -> list[Section]:
     """What a classifier makes of images that it was given no class of, whether their truth is known or not.
 
@@ -59,7 +59,7 @@ def classification_sections(
     Args:
         held_out: on the CPU.
         probability: (N, C) of those images.
-        features: (N, D) of those images.
+        features: (N, D) of those images; None where the page shows them in another way.
     """
     what, truth, names = held_out.what, held_out.truth, [name[:12] for name in class_names]
     confidence, predicted = probability.max(dim=1)
@@ -73,17 +73,15 @@ def classification_sections(
     def shown(indices: Tensor) -> str:
         return gallery(held_out.images[indices], [caption_of(i) for i in indices.tolist()])
 
-    some = torch.linspace(0, len(features) - 1, min(len(features), _EMBEDDED)).long()
-    classes, coloured_by = (truth, "true") if held_out.known else (predicted, "predicted")
     sections = [
-        Section(
-            "Features",
-            f"{len(some)} {what} by t-SNE of the network's features, coloured by {coloured_by} class.",
-            embedding(features[some], classes[some], names),
-        ),
-        Section(f"Least certain {what}", "Predicted class and confidence.", shown(order.flip(0)[:_SHOWN])),
-        Section(f"Most certain {what}", "Predicted class and confidence.", shown(order[:_SHOWN])),
+        Section(f"Least certain {what}", "Predicted class and confidence.", shown(order.flip(0)[:SHOWN])),
+        Section(f"Most certain {what}", "Predicted class and confidence.", shown(order[:SHOWN])),
     ]
+    if features is not None:
+        some = embedded(len(features))
+        classes, coloured_by = (truth, "true") if held_out.known else (predicted, "predicted")
+        caption = f"{len(some)} {what} by t-SNE of the network's features, coloured by {coloured_by} class."
+        sections.insert(0, Section("Features", caption, embedding({"": features[some]}, classes[some], names)))
     if not held_out.known:
         counts = Section("Predicted classes", f"How many of the {what} got each class.", bars(predicted, names))
         return [counts, *sections]
@@ -92,12 +90,17 @@ def classification_sections(
     wrong = order[(predicted != truth)[order]]
     if len(wrong):
         caption = f"The most certain of the {len(wrong)} mistakes among {what}: predicted and true class."
-        sections.insert(2, Section("Worst mistakes", caption, shown(wrong[:_SHOWN])))
+        sections.insert(1 if features is None else 2, Section("Worst mistakes", caption, shown(wrong[:SHOWN])))
     return sections
 
 
-def curves(history: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]) -> str:
-    """Curves over epochs, a panel per title; each panel maps a metric's name to the name shown for it."""
+def curves(
+    history: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], over: str = "epoch", what: str = ""
+) -> str:
+    """Curves over epochs, a panel per title; each panel maps a metric's name to the name shown for it.
+
+    `over` is the metric to draw them over, and `what` the name shown for it.
+    """
     shown = {
         title: {metric: name for metric, name in lines.items() if any(metric in row for row in history)}
         for title, lines in panels.items()
@@ -107,12 +110,12 @@ def curves(history: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[st
     for axis, (title, lines) in zip(axes, shown.items(), strict=True):
         for metric, name in lines.items():
             rows = [row for row in history if row.get(metric) is not None]
-            axis.plot([row["epoch"] for row in rows], [row[metric] for row in rows], label=name)
+            axis.plot([row[over] for row in rows], [row[metric] for row in rows], label=name)
         axis.set_title(title)
-        axis.set_xlabel("epoch")
+        axis.set_xlabel(what or over)
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
-    return _drawn(figure, "curves over the epochs")
+    return _drawn(figure, f"curves over {what or over}")
 
 
 def confusion(truth: Tensor, predicted: Tensor, class_names: Sequence[str]) -> str:
@@ -145,21 +148,28 @@ def bars(classes: Tensor, class_names: Sequence[str]) -> str:
     return _drawn(figure, "images per class")
 
 
-def embedding(features: Tensor, classes: Tensor, class_names: Sequence[str]) -> str:
-    """Features (N, D) laid out in two dimensions by t-SNE, coloured by class (N,)."""
+def embedded(n_images: int) -> Tensor:
+    """Indices of the images that an embedding shows: all, or so many of them at even distances."""
+    return torch.linspace(0, n_images - 1, min(n_images, _EMBEDDED)).long()
+
+
+def embedding(features: Mapping[str, Tensor], classes: Tensor, class_names: Sequence[str]) -> str:
+    """Features (N, D) laid out in two dimensions by t-SNE, coloured by class (N,); a panel for each title."""
     from sklearn.manifold import TSNE
 
-    perplexity = min(30.0, max((len(features) - 1) / 3, 1.0))
-    layout = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(features.numpy())
-    figure, (axis,) = _figure((7.5, 6.0))
-    points = axis.scatter(
-        *layout.T, c=classes.numpy(), cmap="tab10" if len(class_names) <= 10 else "nipy_spectral", s=9
-    )
-    axis.set_xticks([])
-    axis.set_yticks([])
+    perplexity = min(30.0, max((len(classes) - 1) / 3, 1.0))
+    figure, axes = _figure((7.5, 6.0) if len(features) == 1 else (4.6 * len(features) + 0.8, 4.4), 1, len(features))
+    for axis, (title, rows) in zip(axes, features.items(), strict=True):
+        layout = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(rows.numpy())
+        points = axis.scatter(
+            *layout.T, c=classes.numpy(), cmap="tab10" if len(class_names) <= 10 else "nipy_spectral", s=9
+        )
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([])
     if len(class_names) <= 20:
         handles, _ = points.legend_elements(num=range(len(class_names)))
-        axis.legend(handles, class_names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes[-1].legend(handles, class_names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return _drawn(figure, "features in two dimensions")
 
 

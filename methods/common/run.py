@@ -136,7 +136,11 @@ class Run:
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """A run's checkpoint, tensors on the CPU; None where there is none."""
-    path = folder / "checkpoint.pt"
+    return load_whole(folder / "checkpoint.pt")
+
+
+def load_whole(path: Path) -> dict[str, Any] | None:
+    """What `torch.save` wrote there, tensors on the CPU; None where there is nothing."""
     if not path.exists():
         return None
     try:
