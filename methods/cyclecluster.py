@@ -6,137 +6,46 @@ Classification". Numbers of equations are the paper's.
     python -m methods.cyclecluster                         digits, 50 labels: no download, no GPU, about a minute
     python -m methods.cyclecluster --baseline graph        "Purely Graphical": without the clustering pass
     python -m methods.cyclecluster --baseline supervised   labelled images only
-    python -m methods.cyclecluster --data npz:FILE --labels 100
+    python -m methods.cyclecluster --data usps --splits 5  five seeds, mean and deviation
+    python -m methods.cyclecluster --data folder:DIR       your own images, some of them named in DIR/labels.csv
+    torchrun --nproc-per-node 8 -m methods.cyclecluster --data cifar10
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastclust
-from methods.common import networks
+from methods.common import networks, parallel
 from methods.common.augment import Augment
-from methods.common.config import RunConfig, launch
+from methods.common.config import launch
 from methods.common.data import ImageData, choose_labelled
-from methods.common.errors import UserError
 from methods.common.progress import Progress
-from methods.common.report import Section, classification_sections, curves, page
+from methods.common.results import write_results
 from methods.common.run import Run
 from methods.common.sources import load
-from methods.common.training import cosine, cycled, infer, pick_device, shuffled
-
-# ============================================================================================================= settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Defaults are the paper's for CIFAR-10; a preset replaces some of them."""
-
-    baseline: Literal["none", "supervised", "graph"] = "none"
-    """`supervised`: labelled images only, as many steps. `graph`: diffusion, but no clustering pass."""
-
-    # The paper's loop.
-    clusters: int = 100
-    """K, the number of clusters; 0 takes the number of classes."""
-    kmeans_init: Literal["k-means++", "random", "warm_start"] = "k-means++"
-    """First centroids of an epoch: drawn afresh, or those of the epoch before (`warm_start`)."""
-    kmeans_iter: int = 100
-    """Lloyd iterations."""
-    align: Literal["none", "hungarian"] = "none"
-    """Cluster ids as k-means numbers them, or matched to the outputs that the network already gives their images."""
-    neighbours: int = 50
-    """k of the kNN graph."""
-    power: float = 3.0
-    """Exponent of the graph's similarities."""
-    alpha: float = 0.99
-    """Share of a point's scores that comes from its neighbours; μ = 1 / α - 1 in eq. 2."""
-    diffusion_tol: float = 1e-6
-    """Relative residual at which the diffusion is solved."""
-    diffusion_iter: int = 20
-    """Most iterations of the diffusion: 20 is the literature's, about 100 solve it."""
-    class_logits: Literal["slice", "all"] = "slice"
-    """Class probabilities from the first C outputs alone, or from the softmax over all outputs."""
-
-    # The network and its training.
-    network: str = "cnn13"
-    """`cnn13` (the "13-layer" network) or `cnn-small`."""
-    weight_norm: bool = True
-    """Weight normalisation on convolutions and head."""
-    epochs: int = 400
-    """Epochs of one clustering pass and one class pass each."""
-    anneal_end: int = 460
-    """Epoch at which the cosine of the learning rate would reach zero."""
-    lr: float = 0.03
-    """Learning rate at the start."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    nesterov: bool = True
-    """Nesterov's momentum."""
-    weight_decay: float = 2e-4
-    """Weight decay, on every parameter."""
-    batch_labelled: int = 50
-    """Labelled images in a batch of the class pass."""
-    batch_unlabelled: int = 50
-    """Unlabelled images in a batch of the class pass; a batch of the clustering pass holds the sum of both."""
-    init_epochs: int = 10
-    """Passes over the labelled images before the first epoch."""
-
-    # Augmentation.
-    pad: int = 4
-    """Pixels of mirrored border for the random crop."""
-    flip: bool = True
-    """Mirror every second image."""
-    rotate: float = 0.0
-    """Greatest rotation in degrees."""
-    scale: float = 0.0
-    """Greatest relative change of size."""
-    shift: float = 0.0
-    """Greatest move in pixels, with black coming in."""
-
-
-PRESETS = {
-    # scikit-learn's digits, 8 x 8.
-    "digits": Config(
-        preset="digits",
-        data="digits",
-        labels=50,
-        threads=1,  # a second one gains next to nothing on 8 x 8 pixels; so the figures are the same on any machine
-        network="cnn-small",
-        weight_norm=False,
-        clusters=30,
-        neighbours=10,  # a class has 140 images here, 5,000 in CIFAR-10
-        align="hungarian",
-        epochs=30,
-        anneal_end=34,
-        lr=0.03,
-        pad=0,
-        flip=False,
-        rotate=10.0,
-        scale=0.1,
-        shift=1.0,
-    ),
-}
-PRESETS["usps"] = replace(PRESETS["digits"], preset="usps", data="usps", labels=100, epochs=20, anneal_end=22)
-PRESETS["mnist"] = replace(PRESETS["usps"], preset="mnist", data="mnist")
-PRESETS["folder"] = replace(
-    PRESETS["digits"], preset="folder", data="folder:.", labels=0, neighbours=20, pad=2, flip=True, shift=0.0
-)
+from methods.common.training import cosine, cycled, error_rate, infer, mean_loss, pick_device, shuffled
+from methods.cyclecluster_settings import PRESETS, Config, check
 
 # Panels of the report: metric -> the name shown.
 PANELS = {
     "Losses": {"loss_clusters": "L_C", "loss_classes": "L_W"},
     "Errors, %": {"pseudo_label_error": "pseudo-labels of unlabelled images", "test_error": "test images"},
-    "Pseudo-labels": {"entropy_weight": "mean entropy weight ω", "cluster_nmi": "NMI of clusters and classes"},
+    "Entropy weights ω": {"weight_low": "lower decile", "entropy_weight": "mean", "weight_high": "upper decile"},
+    "Pseudo-labels changed, %": {"pseudo_labels_changed": "since the epoch before"},
+    "Images per cluster": {"cluster_smallest": "smallest", "cluster_typical": "typical", "cluster_largest": "largest"},
+    "Clusters and classes": {"cluster_nmi": "NMI with the true classes", "cluster_class_nmi": "NMI with pseudo-labels"},
 }
 
 # ========================================================================================================== the trainer
@@ -175,18 +84,30 @@ def train(config: Config, resume: Path | None = None) -> Run:
                     metrics["loss_classes"] = learner.supervised_pass(batches, f"epoch {epoch + 1}")
                 else:
                     features = learner.features(data.x_train)
-                    clusters = learner.cluster_pseudo_labels(features, metrics) if config.baseline == "none" else None
                     classes = learner.class_pseudo_labels(features, metrics)
+                    if config.baseline == "none":
+                        clusters = learner.cluster_pseudo_labels(features, classes.labels, metrics)
                     metrics["seconds_pseudo_labels"] = time.perf_counter() - started
-                    if clusters is not None:
+                    if config.baseline == "none":
                         metrics["loss_clusters"] = learner.cluster_pass(clusters, f"epoch {epoch + 1}, clusters")
                     metrics["loss_classes"] = learner.class_pass(classes, f"epoch {epoch + 1}, classes")
-                metrics |= learner.test_error() | {"seconds": time.perf_counter() - started}
+                if (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs:
+                    metrics |= learner.test_error()
+                metrics["seconds"] = time.perf_counter() - started
                 run.save(metrics, epoch=epoch + 1, **learner.state())
                 learner.progress.epoch(f"epoch {epoch + 1:3}/{config.epochs}", in_short(metrics))
 
         # ------------------------------------------------------------------------------------------ what the run leaves
-        write_results(run, learner)
+        kind = {"none": "CycleCluster", "graph": "diffusion alone", "supervised": "labelled images alone"}
+        write_results(
+            run,
+            f"{kind[config.baseline]}, seed {config.seed},",
+            data,
+            given,
+            probabilities=learner.probabilities,
+            features=learner.features,
+            panels=PANELS,
+        )
     return run
 
 
@@ -197,6 +118,8 @@ class Learner:
         epoch: how far the run is; the learning rate follows it through both passes.
         epochs_per_step: what each step adds to it; nothing during the supervised initialisation.
         centroids: those of the last clustering, (K, D).
+        classes: the pseudo-labels of the last epoch, (N,).
+        teacher: the moving average of the network, with Mean Teacher.
         progress: told of each step of the optimiser.
     """
 
@@ -217,6 +140,11 @@ class Learner:
         self.network = networks.build(**self.architecture)
         self.network.standardise.set(*data.pixel_statistics())
         self.network.to(given.device, memory_format=torch.channels_last)
+        parallel.share_batch_norm(self.network)
+        self.teacher = None
+        if config.mean_teacher:
+            average = get_ema_multi_avg_fn(config.teacher_decay)
+            self.teacher = AveragedModel(self.network, multi_avg_fn=average)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=config.lr,
@@ -224,9 +152,15 @@ class Learner:
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-        self.augment = Augment(config.pad, config.flip, config.rotate, config.scale, config.shift)
+        device = given.device.type
+        self.autocast = functools.partial(
+            torch.autocast, device, getattr(torch, config.precision), enabled=config.precision != "float32"
+        )
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "float16")
+        self.augment = Augment(config.pad, config.flip, config.rotate, config.scale, config.shift, config.rand_augment)
         self.epoch, self.epochs_per_step = 0.0, 0.0
         self.centroids: Tensor | None = None
+        self.classes: Tensor | None = None
 
         self.batch = config.batch_labelled + config.batch_unlabelled
         self.init_steps = math.ceil(len(self.labelled) / self.batch)
@@ -238,10 +172,14 @@ class Learner:
     def features(self, images: Tensor) -> Tensor:
         """Features of unit length, (N, D), under the evaluation transform."""
         self.network.eval()
-        return infer(self.network.features, images)
+        with self.autocast():
+            return infer(self.network.features, images)
 
-    def cluster_pseudo_labels(self, features: Tensor, metrics: dict[str, Any]) -> Tensor:
-        """Cluster ids of all training images by k-means (III-A), int64 (N,); adds to the epoch's metrics."""
+    def cluster_pseudo_labels(self, features: Tensor, classes: Tensor, metrics: dict[str, Any]) -> Tensor:
+        """Cluster ids of all training images by k-means (III-A), int64 (N,); adds to the epoch's metrics.
+
+        `classes`, the class pseudo-labels (N,), serve for the metrics only.
+        """
         config, n_clusters = self.config, self.n_clusters
         init = "k-means++" if config.kmeans_init == "warm_start" else config.kmeans_init
         if config.kmeans_init == "warm_start" and self.centroids is not None:
@@ -252,7 +190,9 @@ class Learner:
         sizes = torch.bincount(found.labels, minlength=n_clusters)
         metrics |= {
             "cluster_smallest": int(sizes.min()),
+            "cluster_typical": int(sizes.median()),
             "cluster_largest": int(sizes.max()),
+            "cluster_class_nmi": float(fastclust.metrics.normalized_mutual_info(classes, found.labels)),
             "kmeans_iterations": int(found.n_iter),
             "kmeans_inertia": float(found.inertia),
         }
@@ -279,6 +219,8 @@ class Learner:
         weights = pseudo.weights[self.unlabelled]
         metrics |= {
             "entropy_weight": float(weights.mean()),
+            "weight_low": float(weights.quantile(0.1)),
+            "weight_high": float(weights.quantile(0.9)),
             "unreached": int((weights == 0).sum()),
             "diffusion_residual": float(pseudo.residual.max()),
             "classes_empty": int((pseudo.class_weights == 0).sum()),
@@ -287,6 +229,9 @@ class Learner:
         known = truth >= 0
         if known.any():
             metrics["pseudo_label_error"] = error_rate(pseudo.labels[self.unlabelled][known], truth[known])
+        if self.classes is not None:
+            metrics["pseudo_labels_changed"] = error_rate(pseudo.labels, self.classes)
+        self.classes = pseudo.labels
         return pseudo
 
     # ----------------------------------------------------------------------------------------------- passes of an epoch
@@ -296,8 +241,9 @@ class Learner:
         self.network.train()
         total = torch.zeros((), device=clusters.device)
         for batch in shuffled(torch.arange(len(clusters), device=clusters.device), self.cluster_steps):
-            logits = self.network(self.augment(self.data.x_train[batch]))
-            loss = F.cross_entropy(logits[:, : self.n_clusters], clusters[batch])
+            logits = self.logits(self.network, batch)[:, : self.n_clusters]
+            mine = parallel.share(len(batch))
+            loss = F.cross_entropy(logits, clusters[batch[mine]], reduction="sum") / len(batch)
             total += self.update(loss, title)
         return mean_loss(total, self.cluster_steps)
 
@@ -309,8 +255,8 @@ class Learner:
         labelled = cycled(self.labelled, self.class_steps, self.config.batch_labelled)
         for part, rest in zip(labelled, shuffled(self.unlabelled, self.class_steps), strict=True):
             batch = torch.cat([part, rest])
-            loss = weights[batch] * self.class_loss(batch, pseudo.labels)
-            total += self.update(loss[: len(part)].mean() + loss[len(part) :].mean(), title)
+            n_alike = torch.cat([torch.full_like(part, len(part)), torch.full_like(rest, len(rest))])  # two means
+            total += self.update(self.class_loss(batch, pseudo.labels, weights[batch] / n_alike), title)
         return mean_loss(total, self.class_steps)
 
     def supervised_pass(self, batches: Sequence[Tensor], title: str) -> float:
@@ -318,15 +264,34 @@ class Learner:
         self.network.train()
         total = torch.zeros((), device=self.given.device)
         for batch in batches:
-            total += self.update(self.class_loss(batch, self.given).mean(), title)
+            weights = torch.full_like(batch, 1, dtype=torch.float32) / len(batch)
+            total += self.update(self.class_loss(batch, self.given, weights), title)
         return mean_loss(total, len(batches))
 
-    def class_loss(self, batch: Tensor, classes: Tensor) -> Tensor:
-        """Cross-entropy to the classes, per augmented image of the batch."""
-        logits = self.network(self.augment(self.data.x_train[batch]))
-        if self.config.class_logits == "slice":
-            logits = logits[:, : self.data.n_classes]
-        return F.cross_entropy(logits, classes[batch], reduction="none")
+    def class_loss(self, batch: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the cross-entropies to the classes, and consistency with the teacher if there is one.
+
+        Args:
+            batch: (n,) indices of images.
+            classes: (N,), of all training images.
+            weights: (n,), of the batch.
+        """
+        n_outputs = self.data.n_classes if self.config.class_logits == "slice" else None
+        mine = parallel.share(len(batch))
+        student = self.logits(self.network, batch)[:, :n_outputs]
+        loss = (weights[mine] * F.cross_entropy(student, classes[batch[mine]], reduction="none")).sum()
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.logits(self.teacher, batch)[:, :n_outputs]
+            difference = F.mse_loss(student, teacher, reduction="sum") / (len(batch) * student.shape[1])
+            loss = loss + self.config.consistency * ramp(self.epoch, self.config.consistency_ramp) * difference
+        return loss
+
+    def logits(self, network: nn.Module, batch: Tensor) -> Tensor:
+        """Outputs for this process's share of the batch, augmented anew; all processes draw for the whole batch."""
+        images = self.augment(self.data.x_train[batch])[parallel.share(len(batch))]
+        with self.autocast():
+            return network(images)
 
     # -------------------------------------------------------------------------------------------------------- optimiser
 
@@ -346,8 +311,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        parallel.add_up_gradients(self.network.parameters())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.teacher is not None:
+            self.teacher.update_parameters(self.network)
         self.epoch += self.epochs_per_step
         self.progress.step(title)
         return loss.detach()
@@ -357,10 +326,11 @@ class Learner:
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities (N, C) under the evaluation transform, from the first C outputs."""
         self.network.eval()
-        return infer(self.network, images)[:, : self.data.n_classes].softmax(dim=1)
+        with self.autocast():
+            return infer(self.network, images)[:, : self.data.n_classes].softmax(dim=1)
 
     def test_error(self) -> dict[str, float]:
-        """Per cent of the test images whose class is known, if any; no decision of the run depends on it."""
+        """Per cent of the test images whose class is known, if any."""
         known = self.data.y_test >= 0
         if not known.any():
             return {}
@@ -373,15 +343,22 @@ class Learner:
             "class_names": self.data.class_names,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "teacher": self.teacher.state_dict() if self.teacher is not None else None,
             "centroids": self.centroids,
+            "classes": self.classes,
         }
 
     def load_state(self, state: dict[str, Any]) -> int:
         """Take up what `state` gave. Returns the number of epochs that were finished."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["centroids"] is not None:
-            self.centroids = state["centroids"].to(self.given.device)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        for name in ("centroids", "classes"):
+            if state[name] is not None:
+                setattr(self, name, state[name].to(self.given.device))
         return state["epoch"]
 
 
@@ -408,37 +385,9 @@ def match_ids(clusters: Tensor, probability: Tensor) -> Tensor:
     return torch.from_numpy(output).to(clusters)[clusters]
 
 
-def mean_loss(total: Tensor, n_steps: int) -> float:
-    """The mean of a pass's losses, which must be finite."""
-    mean = float(total) / n_steps
-    if not math.isfinite(mean):
-        raise UserError("the loss is no longer finite; a lower --lr may help")
-    return mean
-
-
-def error_rate(predicted: Tensor, truth: Tensor) -> float:
-    """Per cent of wrong classes."""
-    return 100 * float((predicted != truth).double().mean())
-
-
-def check(config: Config, n_images: int, n_labelled: int) -> None:
-    """Refuse settings that cannot work on this data, before anything is written."""
-    if n_labelled == n_images:
-        raise UserError(f"all {n_images} training images are labelled; --labels must leave some without")
-    if config.clusters > n_images:
-        raise UserError(f"--clusters {config.clusters} is more than the {n_images} training images")
-    if config.neighbours >= n_images:
-        raise UserError(f"--neighbours {config.neighbours} needs more than {n_images} training images")
-    if not 0 < config.alpha < 1:
-        raise UserError(f"--alpha {config.alpha} must lie between 0 and 1")
-    if config.anneal_end < config.epochs:
-        raise UserError(f"--anneal-end {config.anneal_end} must not come before the last of {config.epochs} epochs")
-    for name in ("epochs", "lr", "kmeans_iter", "neighbours", "diffusion_iter", "batch_labelled", "batch_unlabelled"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
-    for name in ("clusters", "init_epochs", "pad", "rotate", "scale", "shift", "weight_decay"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")
+def ramp(epoch: float, end: float) -> float:
+    """Mean Teacher's sigmoid-shaped ramp exp(-5 (1 - epoch / end)²), 1 from `end` on."""
+    return math.exp(-5 * max(1 - epoch / end, 0) ** 2) if end else 1.0
 
 
 def in_short(metrics: dict[str, Any]) -> dict[str, str]:
@@ -450,40 +399,6 @@ def in_short(metrics: dict[str, Any]) -> dict[str, str]:
         "test_error": ("test error", "{:.1f} %"),
     }
     return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
-
-
-def write_results(run: Run, learner: Learner) -> None:
-    """Write predictions.csv, report.html and result.json, and tell what came out."""
-    config, data = learner.config, learner.data.to(torch.device("cpu"))
-    train, test = learner.probabilities(learner.data.x_train).cpu(), learner.probabilities(learner.data.x_test).cpu()
-    run.write_predictions(data, learner.given, train, test)
-
-    held_out = data.held_out(learner.given.cpu())
-    probability = test if len(test) else train[learner.unlabelled.cpu()]
-    figures = {"seconds": sum(metrics["seconds"] for metrics in run.history)}
-    if held_out.known:
-        error = error_rate(probability.argmax(dim=1), held_out.truth)
-        kind = held_out.what.split()[0]  # test, unlabelled
-        figures = {f"{kind}_error": error} | figures
-    run.finish(figures)
-
-    what = {"none": "CycleCluster", "graph": "diffusion alone", "supervised": "labelled images alone"}[config.baseline]
-    title = f"{what} on {data.name}, {len(learner.labelled)} labels, seed {config.seed}"
-    facts = {"images": f"{len(train) + len(test)}", "labels": f"{len(learner.labelled)}"}
-    if held_out.known:
-        facts[f"{kind} error"] = f"{error:.2f} %"
-    facts |= {"mean confidence": f"{100 * probability.amax(dim=1).mean():.1f} %"}
-    facts |= {"epochs": f"{config.epochs}", "time": f"{figures['seconds']:.0f} s"}
-    features = learner.features(held_out.images.to(learner.given.device)).cpu()
-    sections = [
-        Section("Training", "What each epoch left; errors in per cent.", curves(run.history, PANELS)),
-        *classification_sections(held_out, data.class_names, probability, features),
-    ]
-    run.write_text("report.html", page(title, facts, sections))
-    outcome = f"{kind} error {error:.2f} %, " if held_out.known else ""
-    print(f"{title}: {outcome}{figures['seconds']:.0f} s")
-    print(f"  what the run left  {run.path}/report.html, predictions.csv, metrics.jsonl")
-    print(f"  predict new images python -m methods.predict {run.path} IMAGE...")
 
 
 if __name__ == "__main__":

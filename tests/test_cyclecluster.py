@@ -95,7 +95,9 @@ def test_cluster_pass_shows_each_image_once_with_its_cluster(learner: Learner, m
     monkeypatch.setattr(learner, "augment", lambda images: seen.append(images) or images.float() / 255)
     targets: list[torch.Tensor] = []
     plain = F.cross_entropy
-    monkeypatch.setattr(cyclecluster.F, "cross_entropy", lambda logits, y: targets.append(y) or plain(logits, y))
+    monkeypatch.setattr(
+        cyclecluster.F, "cross_entropy", lambda logits, y, **how: targets.append(y) or plain(logits, y, **how)
+    )
     learner.cluster_pass(clusters, "")
     images, labels = torch.cat(seen), torch.cat(targets)
     for image, label in zip(images, labels, strict=True):
@@ -121,7 +123,9 @@ def test_class_pass_is_equation_6(learner: Learner, monkeypatch) -> None:
     per_image = torch.rand(n)
     batches: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
-    monkeypatch.setattr(learner, "class_loss", lambda batch, _: batches.append(batch) or per_image[batch])
+    monkeypatch.setattr(
+        learner, "class_loss", lambda batch, _, weights: batches.append(batch) or (weights * per_image[batch]).sum()
+    )
     monkeypatch.setattr(learner, "update", lambda loss, _: losses.append(loss) or loss)
     learner.class_pass(pseudo, "")
     zeta = pseudo.class_weights[pseudo.labels]
@@ -144,8 +148,9 @@ def test_one_cosine_runs_over_both_passes(learner: Learner, monkeypatch) -> None
     learner.start_epoch(1)
     metrics: dict = {}
     features = learner.features(learner.data.x_train)
-    learner.cluster_pass(learner.cluster_pseudo_labels(features, metrics), "")
-    learner.class_pass(learner.class_pseudo_labels(features, metrics), "")
+    classes = learner.class_pseudo_labels(features, metrics)
+    learner.cluster_pass(learner.cluster_pseudo_labels(features, classes.labels, metrics), "")
+    learner.class_pass(classes, "")
     config = learner.config
     n_steps = learner.cluster_steps + learner.class_steps
     expected = [cosine(config.lr, 1 + i / n_steps, config.anneal_end) for i in range(n_steps)]
@@ -158,7 +163,7 @@ def test_pseudo_labels_keep_the_given_labels_and_find_the_others(learner: Learne
     torch.testing.assert_close(features.norm(dim=1), torch.ones(150))
     pseudo = learner.class_pseudo_labels(features, metrics)
     assert torch.equal(pseudo.labels[learner.labelled], learner.given[learner.labelled])
-    clusters = learner.cluster_pseudo_labels(features, metrics)
+    clusters = learner.cluster_pseudo_labels(features, pseudo.labels, metrics)
     assert clusters.unique().tolist() == list(range(6))
     assert metrics["unreached"] == 0
     assert 0 < metrics["diffusion_residual"] < 0.5
@@ -277,7 +282,7 @@ def test_digits_are_learnt_from_fifty_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("idle", ["clusters", "graph", "class pass"])
 def test_digits_are_not_learnt_where_a_part_does_nothing(tmp_path: Path, monkeypatch, idle: str) -> None:
-    monkeypatch.setattr(cyclecluster, "write_results", lambda *_: None)
+    monkeypatch.setattr(cyclecluster, "write_results", lambda *_, **__: None)
     if idle == "clusters":
         kmeans = fastclust.kmeans
 

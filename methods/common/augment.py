@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from methods.common.randaugment import rand_augment
+
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]: the evaluation transform."""
@@ -25,6 +27,7 @@ class Augment:
         rotate: greatest angle in degrees.
         scale: greatest relative change of size; 0.1 is 0.9 … 1.1.
         shift: greatest move in pixels, fractions included; what comes in from outside is black.
+        rand_augment: operations of RandAugment on top of that.
     """
 
     pad: int = 0
@@ -32,6 +35,7 @@ class Augment:
     rotate: float = 0.0
     scale: float = 0.0
     shift: float = 0.0
+    rand_augment: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augmented float32 images in [0, 1] from uint8 images, both (N, C, H, W)."""
@@ -40,7 +44,7 @@ class Augment:
         images = to_float(images)
         if self.rotate or self.scale or self.shift:
             images = self._resample(images)
-        return images
+        return rand_augment(images, self.rand_augment)
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape

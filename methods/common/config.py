@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from methods.common import parallel
 from methods.common.errors import UserError
 
 
@@ -33,6 +34,10 @@ class RunConfig:
     """Side in pixels to which the images of a folder are brought; other data keep theirs."""
     subset: int = 0
     """Train on that many of the training images, every class in proportion; 0 takes all."""
+    splits: int = 1
+    """Run that many seeds, `seed` being the first, and tell mean and deviation."""
+    vary: str = ""
+    """Run several values of another setting, `NAME=A,B,…`, each for all seeds."""
     labels: int = 50
     """Labelled training images, spread evenly over the classes; 0 takes every label the data has."""
     seed: int = 0
@@ -48,8 +53,8 @@ class RunConfig:
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def parse(presets: Mapping[str, ConfigT], argv: list[str], method: str) -> tuple[ConfigT, Path | None]:
-    """Read the command line.
+def parse(presets: Mapping[str, ConfigT], argv: list[str], method: str, about: str = "") -> tuple[ConfigT, Path | None]:
+    """Read the command line; `about` says in its help what the method is.
 
     Returns the settings, and the folder of the run to go on with if `--resume FOLDER` was given. A resumed run keeps
     the settings it was started with, so no other option may stand beside `--resume`.
@@ -71,10 +76,7 @@ def parse(presets: Mapping[str, ConfigT], argv: list[str], method: str) -> tuple
     import tyro
 
     preset = presets[name]
-    description = (
-        f"{sys.modules[type(preset).__module__].__doc__}\n\n"
-        f"Presets: {', '.join(presets)}. Go on with a run cut short: --resume FOLDER."
-    )
+    description = f"{about}\n\nPresets: {', '.join(presets)}. Go on with a run cut short: --resume FOLDER."
     config = tyro.cli(
         type(preset),
         default=preset,
@@ -89,10 +91,17 @@ def launch(method: str, presets: Mapping[str, ConfigT], train: Callable[[ConfigT
     """Run a trainer from the command line and return its exit code: 2 after a user's error, 130 after Ctrl-C."""
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     try:
-        config, resume = parse(presets, sys.argv[1:], method)
-        train(config, resume)
+        with parallel.joined():
+            config, resume = parse(presets, sys.argv[1:], method, sys.modules[train.__module__].__doc__ or "")
+            if config.splits == 1 and not config.vary:
+                train(config, resume)
+            else:
+                from methods.common.series import run_series  # which needs RunConfig
+
+                run_series(method, config, train, resume)
     except UserError as error:
-        print(f"{method}: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{method}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

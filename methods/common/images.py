@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from methods.common import parallel
 from methods.common.data import ImageData, assemble
 from methods.common.errors import UserError
 
@@ -88,8 +89,9 @@ def load_folder(folder: Path, image_size: int) -> ImageData:
         raise UserError(f"--image-size {image_size} is too small; 8 pixels is the least")
     labels = read_labels(folder / "labels.csv")
     images, files, unreadable = read_images(find_images(folder), 3, (image_size, image_size))
-    for file, reason in unreadable:
-        print(f"left out {file}: {reason}", file=sys.stderr)
+    if parallel.is_first():
+        for file, reason in unreadable:
+            print(f"left out {file}: {reason}", file=sys.stderr)
     if not files:
         raise UserError(f"--data folder:{folder} holds no image that can be read")
     names = [file.relative_to(folder).as_posix() for file in files]

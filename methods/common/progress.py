@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from methods.common import parallel
+
 
 class Progress:
     """Counts the optimiser's steps of a run on stderr.
@@ -20,7 +22,7 @@ class Progress:
     def __init__(self, total: int, done: int = 0):
         self._total, self._first, self._done, self._started = total, done, done, time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and parallel.is_first():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -36,6 +38,7 @@ class Progress:
         """An epoch is over; `figures` are what a person wants to see of it."""
         if self._bar is not None:
             self._bar.set_postfix(figures)
+        if self._bar is not None or not parallel.is_first():
             return
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         elapsed = time.monotonic() - self._started

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from methods.common import parallel
 from methods.common.config import RunConfig
 from methods.common.data import ImageData
 from methods.common.errors import UserError
@@ -43,9 +44,7 @@ class Run:
         if resume is not None:
             self.path = resume
             return
-        self.path = _new_folder(Path(config.runs), f"{method}-{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        settings = {"method": method, "settings": asdict(config), "torch": torch.__version__, "argv": sys.argv[1:]}
-        self.write_text("config.json", json.dumps(settings, indent=2) + "\n")
+        self.path = start_folder(method, config, data.name)
         if data.left_out:
             self.write_table("left_out.csv", ["file", "reason"], data.left_out)
 
@@ -54,6 +53,8 @@ class Run:
     def save(self, metrics: dict[str, Any], **state: Any) -> None:
         """End an epoch: keep its metrics, and the state to go on from (tensors, numbers, plain containers of them)."""
         self.history.append(metrics)
+        if not parallel.is_first():
+            return
         checkpoint = {"state": state, "history": self.history, "data": self._fingerprint, "rng": rng_state()}
         write_whole(self.path / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         self._write_history()
@@ -87,7 +88,8 @@ class Run:
     # ------------------------------------------------------------------------------------------------------ other files
 
     def write_text(self, name: str, text: str) -> Path:
-        return write_whole(self.path / name, lambda file: file.write(text.encode()))
+        path = self.path / name
+        return write_text(path, text) if parallel.is_first() else path
 
     def write_predictions(self, data: ImageData, given: Tensor, train: Tensor, test: Tensor) -> Path:
         """Write predictions.csv: a row for each image, called by its file or by its place in the set.
@@ -126,7 +128,7 @@ class Run:
     ) -> None:
         if self._events is not None:
             self._events.close()
-        if kind is KeyboardInterrupt:
+        if kind is KeyboardInterrupt and parallel.is_first():
             kept = f"{len(self.history)} epochs are saved" if self.history else "no epoch was finished yet"
             print(
                 f"\nstopped; {kept}. Go on with:\n  python -m methods.{self.method} --resume {self.path}",
@@ -169,7 +171,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
         "python": random.getstate(),
     }
@@ -178,11 +180,25 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Set all generators back to what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     random.setstate(state["python"])
+
+
+def write_text(path: Path, text: str) -> Path:
+    return write_whole(path, lambda file: file.write(text.encode()))
+
+
+def start_folder(method: str, config: RunConfig, name: str) -> Path:
+    """Make a folder of its own for a run, or a series of runs, with config.json in it."""
+    if not parallel.is_first():
+        return parallel.from_first(None)
+    path = _new_folder(Path(config.runs), f"{method}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    settings = {"method": method, "settings": asdict(config), "torch": torch.__version__, "argv": sys.argv[1:]}
+    write_text(path / "config.json", json.dumps(settings, indent=2) + "\n")
+    return parallel.from_first(path)
 
 
 def _new_folder(parent: Path, name: str) -> Path:

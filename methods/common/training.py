@@ -1,4 +1,4 @@
-"""What the passes of every trainer are made of: the device, batches of indices, outputs of a whole image set."""
+"""What the passes of every trainer are made of: the device, batches of indices, losses, outputs of whole image sets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from methods.common import parallel
 from methods.common.augment import to_float
 from methods.common.errors import UserError
 
@@ -21,8 +22,10 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
         raise UserError(f"--threads {threads} must not be below 0")
     if threads:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same bits
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        one_each = torch.cuda.is_available() and torch.cuda.device_count() >= parallel.local_world_size()
+        return torch.device("cuda", torch.cuda.current_device()) if one_each else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -51,4 +54,18 @@ def cosine(peak: float, epoch: float, end: float) -> float:
 @torch.no_grad()
 def infer(function: Callable[[Tensor], Tensor], images: Tensor, batch: int = 1000) -> Tensor:
     """`function` of all uint8 images under the evaluation transform, a batch at a time."""
-    return torch.cat([function(to_float(part)) for part in images.split(batch)])
+    mine = images[parallel.share(len(images))]
+    return parallel.gather(torch.cat([function(to_float(part)) for part in mine.split(batch)]), len(images))
+
+
+def mean_loss(total: Tensor, n_steps: int) -> float:
+    """The mean of a pass's losses, of which this process has its share; it must be finite."""
+    mean = float(parallel.add_up(total)) / n_steps
+    if not math.isfinite(mean):
+        raise UserError("the loss is no longer finite; a lower --lr may help")
+    return mean
+
+
+def error_rate(predicted: Tensor, truth: Tensor) -> float:
+    """Per cent of wrong classes."""
+    return 100 * float((predicted != truth).double().mean())

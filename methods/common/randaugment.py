@@ -1,0 +1,89 @@
+"""RandAugment (Cubuk et al., 2020) with the operations and ranges of FixMatch (Sohn et al., 2020, Appendix E).
+
+Each image gets `n_ops` operations, drawn evenly, each with a strength drawn evenly from its range. A batch is worked on
+by operation, on the device it is on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+# All take images (n, C, H, W) in [0, 1] and one number of [0, 1] per image, (n, 1, 1, 1).
+Operation = Callable[[Tensor, Tensor], Tensor]
+
+
+def rand_augment(images: Tensor, n_ops: int = 1) -> Tensor:
+    """Images float32 (N, C, H, W) in [0, 1] with `n_ops` random operations on each."""
+    for _ in range(n_ops):
+        operation = torch.randint(len(OPERATIONS), (len(images),), device=images.device)
+        strength = torch.rand(len(images), 1, 1, 1, device=images.device)
+        members = operation.argsort().split(torch.bincount(operation, minlength=len(OPERATIONS)).tolist())
+        changed = torch.empty_like(images)
+        for apply, chosen in zip(OPERATIONS.values(), members, strict=True):
+            if len(chosen):
+                changed[chosen] = apply(images[chosen], strength[chosen]).clamp(0, 1)
+        images = changed
+    return images
+
+
+def _blend(images: Tensor, with_: Tensor, strength: Tensor) -> Tensor:
+    """From `with_` towards the image by a factor of 0.05 … 0.95."""
+    return with_ + (0.05 + 0.9 * strength) * (images - with_)
+
+
+def _grey(images: Tensor) -> Tensor:
+    return tv.rgb_to_grayscale(images) if images.shape[1] == 3 else images
+
+
+def _warp(images: Tensor, rows: list[list[Tensor | float]]) -> Tensor:
+    """Each image at the positions that its matrix [[a, b, c], [d, e, f]] gives, in half images; outside is black."""
+    one = images.new_ones(len(images))
+    matrix = torch.stack([torch.stack([value * one for value in row], dim=1) for row in rows], dim=1)
+    height, width = images.shape[2:]
+    matrix[:, 0, 1] *= height / width  # half a height is not half a width
+    matrix[:, 1, 0] *= width / height
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+
+
+def _signed(strength: Tensor, most: float) -> Tensor:
+    return (2 * strength.flatten() - 1) * most
+
+
+def _rotate(images: Tensor, strength: Tensor) -> Tensor:
+    angle = _signed(strength, math.radians(30))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    return _warp(images, [[cos, -sin, 0.0], [sin, cos, 0.0]])
+
+
+def _posterize(images: Tensor, strength: Tensor) -> Tensor:
+    step = 2.0 ** (4 - (5 * strength).long().clamp(max=4))  # 4 … 8 bits are kept of 8
+    return (images * 255 / step + 1e-4).floor() * step / 255
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": lambda x, _: tv.autocontrast(x),
+    "brightness": lambda x, s: _blend(x, torch.zeros_like(x), s),
+    "color": lambda x, s: _blend(x, _grey(x).expand_as(x), s),
+    "contrast": lambda x, s: _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True).expand_as(x), s),
+    "equalize": lambda x, _: tv.equalize(_to_bytes(x)).float() / 255,
+    "identity": lambda x, _: x,
+    "posterize": _posterize,
+    "rotate": _rotate,
+    "sharpness": lambda x, s: _blend(x, tv.adjust_sharpness(x, 0.0), s),
+    "shear_x": lambda x, s: _warp(x, [[1.0, _signed(s, 0.3), 0.0], [0.0, 1.0, 0.0]]),
+    "shear_y": lambda x, s: _warp(x, [[1.0, 0.0, 0.0], [_signed(s, 0.3), 1.0, 0.0]]),
+    "solarize": lambda x, s: torch.where(x < s, x, 1 - x),
+    "translate_x": lambda x, s: _warp(x, [[1.0, 0.0, _signed(s, 0.6)], [0.0, 1.0, 0.0]]),
+    "translate_y": lambda x, s: _warp(x, [[1.0, 0.0, 0.0], [0.0, 1.0, _signed(s, 0.6)]]),
+}
