@@ -22,14 +22,14 @@ class KNNResult(NamedTuple):
     indices: Tensor  # (M, k) int64: rows of x
 
 
-def _one_of(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check(op: str, k: int, metric: str, precision: str) -> None:
-    _one_of(op, "metric", metric, METRICS)
-    _one_of(op, "precision", precision, PRECISIONS)
+def check(op: str, k: int, metric: str, precision: str) -> None:
+    one_of(op, "metric", metric, METRICS)
+    one_of(op, "precision", precision, PRECISIONS)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
 
@@ -64,7 +64,7 @@ def knn(
         ValueError: a row that is not finite, k out of range, a wrong shape or an unknown name.
         TypeError: x or queries is not a float tensor, or k not an int.
     """
-    _check("knn", k, metric, precision)
+    check("knn", k, metric, precision)
     x = ops.float_tensor("knn", "x", x)
     if queries is not None:
         queries = ops.float_tensor("knn", "queries", queries)
@@ -102,13 +102,13 @@ def knn_graph(
     Raises:
         ValueError, TypeError: as `knn`; power not positive and finite; an unknown symmetrize.
     """
-    _check("knn_graph", k, metric, precision)
-    _one_of("knn_graph", "symmetrize", symmetrize, SYMMETRIZATIONS)
+    check("knn_graph", k, metric, precision)
+    one_of("knn_graph", "symmetrize", symmetrize, SYMMETRIZATIONS)
     x = ops.float_tensor("knn_graph", "x", x)
     with ops.told_by("knn_graph"):
         values, indices = ops.knn(x, None, k, metric, precision == "exact")
         if metric == "euclidean":
-            values = _self_tuning_kernel(values, indices)
+            values = self_tuning_kernel(values, indices, values[:, -1])
         crow, col, weights = ops.knn_to_csr(values, indices, float(power), symmetrize)
     return csr_tensor(crow, col, weights, (x.shape[0], x.shape[0]))
 
@@ -120,8 +120,7 @@ def csr_tensor(crow: Tensor, col: Tensor, weights: Tensor, shape: tuple[int, int
         return torch.sparse_csr_tensor(crow, col, weights, shape, check_invariants=False)
 
 
-def _self_tuning_kernel(distances: Tensor, indices: Tensor) -> Tensor:
-    """exp(-d_ij² / (σ_i σ_j)), 1 where d_ij = 0: a row with k duplicates has σ = 0."""
-    sigma = distances[:, -1]
-    ratio = (distances / sigma[:, None]) * (distances / sigma[indices])
+def self_tuning_kernel(distances: Tensor, indices: Tensor, sigma: Tensor) -> Tensor:
+    """exp(-d_ij² / (σ_i σ_j)), σ (N,) of all rows; 1 where d_ij = 0: a row with k duplicates has σ = 0."""
+    ratio = (distances / distances[:, -1:]) * (distances / sigma[indices])
     return torch.where(distances > 0, torch.exp(-ratio), torch.ones_like(distances))

@@ -66,7 +66,7 @@ def _uniforms(shape: tuple[int, ...], x: Tensor, generator: Generator | None) ->
     return draws.double() + more.double() * 2.0**-24
 
 
-def _first_centroids(
+def first_centroids(
     x: Tensor, weight: Tensor | None, n_clusters: int, init: str, n_init: int, generator: Generator | None
 ) -> Tensor:
     """(B, R, K, D) rows of x."""
@@ -177,7 +177,7 @@ def kmeans(
     if isinstance(init, str):
         if init not in ("k-means++", "random"):
             raise ValueError(f"kmeans: init must be 'k-means++', 'random' or a tensor, got {init!r}")
-        start = _first_centroids(x_, weight, n_clusters, init, n_init, _generator(seed, x_.device))
+        start = first_centroids(x_, weight, n_clusters, init, n_init, _generator(seed, x_.device))
         if fixed is not None:
             start = _start_at_fixed_means(start, x_, weight, fixed)
             start = _unit_rows("kmeans", "the mean of fixed rows", start) if spherical else start
