@@ -50,3 +50,18 @@ def test_standardisation_is_of_the_data_and_travels_with_the_weights() -> None:
 def test_unknown_network() -> None:
     with pytest.raises(UserError, match="--network vgg is unknown"):
         networks.build("vgg", n_channels=1, image_size=(8, 8), n_outputs=2, weight_norm=False)
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 32), (84, 21)])
+def test_resnet18_keeps_small_images_whole_in_its_stem(size: int, side: int) -> None:
+    network = networks.build("resnet18", n_channels=1, image_size=(size, size), n_outputs=9, weight_norm=True)
+    shapes: list[torch.Size] = []
+    network.body.layer1.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
+    images = torch.rand(2, 1, size, size)
+    assert network(images).shape == (2, 9)
+    assert shapes == [(2, 64, side, side)]
+    assert network.features(images).shape == (2, 512)
+    torch.testing.assert_close(network.features(images).norm(dim=1), torch.ones(2))
+    convs = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(convs) == 20  # 17 of the 18 layers and 3 shortcuts; the 18th is the head
+    assert all(hasattr(layer, "parametrizations") for layer in (*convs, network.head))
