@@ -136,7 +136,15 @@ PRESETS["mini-imagenet"] = replace(
     pad=8,
     rotate=10.0,
 )
-PRESETS["usps"] = replace(PRESETS["digits"], preset="usps", data="usps", labels=100, epochs=12, anneal_end=14)
+PRESETS["usps"] = replace(
+    PRESETS["digits"],
+    preset="usps",
+    data="usps",
+    labels=100,
+    epochs=12,
+    anneal_end=14,
+    init_epochs=100,  # of one step each: ten would leave the first graph a network that has learnt nothing
+)
 PRESETS["mnist"] = replace(PRESETS["usps"], preset="mnist", data="mnist")
 PRESETS["fashion-mnist"] = replace(
     PRESETS["usps"],
@@ -150,7 +158,15 @@ PRESETS["fashion-mnist"] = replace(
     shift=0.0,
 )
 PRESETS["folder"] = replace(
-    PRESETS["digits"], preset="folder", data="folder:DIR", labels=0, neighbours=20, pad=2, flip=True, shift=0.0
+    PRESETS["digits"],
+    preset="folder",
+    data="folder:DIR",
+    labels=0,
+    neighbours=20,
+    init_epochs=100,
+    pad=2,
+    flip=True,
+    shift=0.0,
 )
 
 

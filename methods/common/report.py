@@ -106,8 +106,12 @@ def curves(
         for title, lines in panels.items()
     }
     shown = {title: lines for title, lines in shown.items() if lines}
-    figure, axes = _figure((3.5 * len(shown), 3.2), 1, len(shown))
-    for axis, (title, lines) in zip(axes, shown.items(), strict=True):
+    columns = min(len(shown), 3)
+    rows_of_panels = -(-len(shown) // columns)
+    figure, axes = _figure((3.5 * columns, 3.0 * rows_of_panels), rows_of_panels, columns)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes, shown.items(), strict=False):
         for metric, name in lines.items():
             rows = [row for row in history if row.get(metric) is not None]
             axis.plot([row[over] for row in rows], [row[metric] for row in rows], label=name)
