@@ -252,6 +252,8 @@ class Learner:
         config, n = self.config, len(part)
         images = self.augment(self.data.x_train[torch.cat([part, rest])])
         z = self.network.features(images)
+        if not z.isfinite().all():
+            raise UserError("the features are no longer finite; a lower --lr may help")
         log_p = fastclust.soft_assign(z, self.network.centres)
         clusters = torch.cat([self.given[part], log_p[n:].argmax(dim=1)])  # eqs. 11 and 10
         pair_l, cluster_l = self.clustering_losses(z[:n], log_p[:n], clusters[:n])
@@ -262,8 +264,6 @@ class Learner:
             + config.cluster_weight * (cluster_l + weight * cluster_u)
             + config.reconstruction_weight * recon
         )
-        if not loss.isfinite():
-            raise UserError("the loss is no longer finite; a lower --lr may help")
         self.optimizer.zero_grad()
         loss.backward()
         self.move_centres(z.detach()[:n], clusters[:n])
