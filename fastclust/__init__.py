@@ -1,4 +1,4 @@
-"""The public names of fastclust, nothing else. Estimators are imported when first asked for: scikit-learn is heavy."""
+"""The public names of fastclust, nothing else. What needs heavy packages is imported when asked for."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -21,20 +21,24 @@ from ._pairwise import pairwise_kl as pairwise_kl
 from ._pairwise import soft_assign as soft_assign
 
 if TYPE_CHECKING:
-    from . import _estimators as _estimators
+    from . import distributed as distributed
+    from . import outofcore as outofcore
     from ._estimators import ConstrainedKMeans as ConstrainedKMeans
     from ._estimators import KMeans as KMeans
     from ._estimators import KNeighborsGraph as KNeighborsGraph
     from ._estimators import LabelPropagation as LabelPropagation
 
 _ESTIMATORS = ("ConstrainedKMeans", "KMeans", "KNeighborsGraph", "LabelPropagation")
+_MODULES = ("distributed", "outofcore")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name in _ESTIMATORS:
         return getattr(importlib.import_module("._estimators", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ESTIMATORS])
+    return sorted([*globals(), *_ESTIMATORS, *_MODULES])

@@ -27,8 +27,8 @@ class Block(NamedTuple):
 class ArrayRows:
     """The rows of a tensor, an array or a `numpy.memmap`, of which no more than two blocks are in memory at a time."""
 
-    def __init__(self, op: str, array: Any, block_rows: int):
-        self._op, self._array, self.block_rows = op, array, block_rows
+    def __init__(self, op: str, array: Any, block_rows: int, device: torch.device | None = None):
+        self._op, self._array, self.block_rows, self._device = op, array, block_rows, device
         if len(array.shape) != 2 or array.shape[1] == 0:
             raise ValueError(f"{op}: x must be (N, D), got {tuple(array.shape)}")
         self.n_rows, self.n_features = (int(size) for size in array.shape)
@@ -43,19 +43,18 @@ class ArrayRows:
 
     def take(self, rows: Tensor) -> Tensor:
         """Rows by their numbers, ascending."""
-        return self._read(rows if isinstance(self._array, Tensor) else rows.numpy())
+        return self._read(rows.to(self._array.device) if isinstance(self._array, Tensor) else rows.numpy())
 
     def _read(self, which: Any) -> Tensor:
-        if isinstance(self._array, Tensor):
-            return ops.float_tensor(self._op, "x", self._array[which])
-        return _as_float(self._op, np.array(self._array[which]))
+        part = self._array[which]
+        return _as_float(self._op, part if isinstance(part, Tensor) else np.array(part), self._device)
 
 
 class ChunkRows:
     """The rows that a function yields in chunks of any size, cut into blocks. It is run through once to count them."""
 
-    def __init__(self, op: str, chunks: Chunks, block_rows: int):
-        self._op, self._chunks, self.block_rows = op, chunks, block_rows
+    def __init__(self, op: str, chunks: Chunks, block_rows: int, device: torch.device | None = None):
+        self._op, self._chunks, self.block_rows, self._device = op, chunks, block_rows, device
         self.n_rows = 0
         for chunk in self._read():
             if self.n_rows == 0:
@@ -80,7 +79,7 @@ class ChunkRows:
 
     def _read(self) -> Iterator[Tensor]:
         for chunk in self._chunks():
-            x = ops.float_tensor(self._op, "x", chunk) if isinstance(chunk, Tensor) else _as_float(self._op, chunk)
+            x = _as_float(self._op, chunk, self._device)
             if x.dim() != 2 or x.shape[1] == 0:
                 raise ValueError(f"{self._op}: x must yield chunks (n, D), got {tuple(x.shape)}")
             yield x
@@ -108,21 +107,30 @@ class ChunkRows:
 Rows = ArrayRows | ChunkRows
 
 
-def rows_of(op: str, x: Any, block_rows: int) -> Rows:
-    """The rows of an array or of a function that yields chunks."""
+def rows_of(op: str, x: Any, block_rows: int, device: torch.device) -> Rows:
+    """The rows of an array or of a function that yields chunks, to be worked on on `device`."""
     if callable(x) and not isinstance(x, Tensor):
-        return ChunkRows(op, x, block_rows)
+        return ChunkRows(op, x, block_rows, device)
     if not isinstance(x, Tensor | np.ndarray):
         raise TypeError(f"{op}: x must be a tensor, an array or a function that yields chunks, got {type(x).__name__}")
-    return ArrayRows(op, x, block_rows)
+    return ArrayRows(op, x, block_rows, device)
 
 
-def _as_float(op: str, array: npt.ArrayLike) -> Tensor:
-    """A NumPy array as a tensor of a dtype that the kernels take; it must be writable or a copy."""
-    array = np.asarray(array)
-    if array.dtype.kind != "f":
-        raise TypeError(f"{op}: x must have a floating-point dtype, got {array.dtype}")
-    return ops.float_tensor(op, "x", torch.from_numpy(np.ascontiguousarray(array)))
+def require_finite(op: str, x: Tensor, begin: int) -> None:
+    """Raises where a row of x is not finite, by its number among all rows; the first of x has the number `begin`."""
+    unfit = ~torch.isfinite(x).all(dim=1)
+    if unfit.any():
+        raise ValueError(f"{op}: x holds rows that are not finite, one of them at {begin + int(unfit.nonzero()[0])}")
+
+
+def _as_float(op: str, rows: Tensor | npt.ArrayLike, device: torch.device | None) -> Tensor:
+    """Rows as a tensor on `device` of a dtype that the kernels take."""
+    if not isinstance(rows, Tensor):
+        array = np.asarray(rows)
+        if array.dtype.kind != "f":
+            raise TypeError(f"{op}: x must have a floating-point dtype, got {array.dtype}")
+        rows = torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy(order="C"))
+    return ops.float_tensor(op, "x", rows if device is None else rows.to(device))
 
 
 T = TypeVar("T")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._blocks import require_finite
 from ._graph import KNNResult
 
 
@@ -31,26 +32,18 @@ class Nearest:
         """One more chunk (n, D), whose first row has the number `begin`."""
         if len(self._queries) == 0 or len(chunk) == 0:
             return
-        among = self._first is not None and self._first < begin + len(chunk)
-        among = among and begin < self._first + len(self._queries)  # type: ignore[operator]
+        first = self._first
+        among = first is not None and first < begin + len(chunk) and begin < first + len(self._queries)
+        require_finite("knn", chunk, begin)
         wanted = min(self._k + among, len(chunk))
         values, indices = ops.knn(chunk, self._queries, wanted, self._metric, self._exact)
         indices += begin
-        if among:
-            values, indices = self._without_self(values, indices)
+        if among and first is not None:
+            own = torch.arange(len(indices), device=indices.device) + first
+            # Worse than all others, of which there are k at least: it falls out in the end.
+            values.masked_fill_(indices == own[:, None], torch.inf if self._metric == "euclidean" else -torch.inf)
         values = torch.cat([self.result.values, values], dim=1)
         indices = torch.cat([self.result.indices, indices], dim=1)
         values, order = values.sort(dim=1, descending=self._metric != "euclidean", stable=True)
         order = order[:, : self._k]
         self.result = KNNResult(values[:, : self._k].contiguous(), indices.gather(1, order))
-
-    def _without_self(self, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """One column less: the query itself, else the worst."""
-        assert self._first is not None
-        own = torch.arange(self._first, self._first + len(indices), device=indices.device)
-        is_self = indices == own[:, None]
-        last = is_self.new_zeros(indices.shape)
-        last[:, -1] = ~is_self.any(dim=1)
-        kept = ~(is_self | last)
-        shape = (len(indices), indices.shape[1] - 1)
-        return values[kept].view(shape), indices[kept].view(shape)
