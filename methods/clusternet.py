@@ -31,7 +31,7 @@ from methods.common.data import HeldOut, ImageData, choose_labelled, choose_perc
 from methods.common.errors import UserError
 from methods.common.pretraining import Pretraining, Settings
 from methods.common.progress import Progress
-from methods.common.report import SHOWN, Section, classification_sections, curves, embedded, embedding, gallery, page
+from methods.common.report import Section, classification_sections, curves, embedded, embedding, gallery, page
 from methods.common.run import Run
 from methods.common.sources import load
 from methods.common.training import cycled, infer, pick_device, shuffled
@@ -70,7 +70,10 @@ class Config(RunConfig):
     lambda_max: float = 1.0
     """Where λ rises to."""
 
-    # Centres.
+    # Centres and assignment.
+    assign: Literal["batch", "epoch"] = "batch"
+    """Clusters of the unlabelled images (eq. 10): of each batch as the loss sees it, or of all before each epoch, under
+    the evaluation transform."""
     least_count: int = 100
     """Images that a centre counts as seen at the start, if its labelled ones are fewer; its step is 1 / count."""
 
@@ -115,6 +118,8 @@ PRESETS = {
     "usps": Config(preset="usps", data="usps", percent=2.0, holdout=0.1),
     "mnist": Config(preset="mnist", data="mnist", percent=0.5),
 }
+
+_IN_A_ROW = 12  # images of the report's width
 
 # Panels of the report: metric -> the name shown.
 PANELS = {
@@ -229,10 +234,13 @@ class Learner:
 
         `weight` is λ.
         """
+        clusters = self.given
+        if self.config.assign == "epoch":
+            clusters = torch.where(clusters < 0, self.probabilities(self.data.x_train).argmax(dim=1), clusters)
         self.network.train()
         total: dict[str, Tensor] = {}
         for part, rest in zip(self.labelled_batches(), shuffled(self.unlabelled, self.steps), strict=True):
-            for name, value in self.step(part, rest, weight).items():
+            for name, value in self.step(part, rest, clusters, weight).items():
                 total[name] = total.get(name, 0) + value
             progress.step(title)
         return {name: float(value) / self.steps for name, value in total.items()}
@@ -247,15 +255,19 @@ class Learner:
         drawn = [cycled(self.labelled[classes == label], self.steps, per_class) for label in range(n_classes)]
         return [torch.cat(parts) for parts in zip(*drawn, strict=True)]
 
-    def step(self, part: Tensor, rest: Tensor, weight: float) -> dict[str, Tensor]:
-        """One step on eq. 3 for labelled images `part` and unlabelled ones `rest`. Returns its terms, not weighted."""
+    def step(self, part: Tensor, rest: Tensor, clusters: Tensor, weight: float) -> dict[str, Tensor]:
+        """One step on eq. 3 for labelled images `part` and unlabelled ones `rest`. Returns its terms, not weighted.
+
+        `clusters`: int64 (N,) of all training images; where -1, the nearest centre is taken.
+        """
         config, n = self.config, len(part)
-        images = self.augment(self.data.x_train[torch.cat([part, rest])])
+        batch = torch.cat([part, rest])
+        images = self.augment(self.data.x_train[batch])
         z = self.network.features(images)
         if not z.isfinite().all():
             raise UserError("the features are no longer finite; a lower --lr may help")
         log_p = fastclust.soft_assign(z, self.network.centres)
-        clusters = torch.cat([self.given[part], log_p[n:].argmax(dim=1)])  # eqs. 11 and 10
+        clusters = torch.where(clusters[batch] < 0, log_p.argmax(dim=1), clusters[batch])  # eqs. 10 and 11
         pair_l, cluster_l = self.clustering_losses(z[:n], log_p[:n], clusters[:n])
         pair_u, cluster_u = self.clustering_losses(z[n:], log_p[n:], clusters[n:])
         recon = reconstruction_loss(self.network.decode(z), images, config.reconstruction)
@@ -486,13 +498,13 @@ def write_results(run: Run, learner: Learner) -> None:
 
 def training_sections(run: Run) -> list[Section]:
     """Fig. 5: ACC, NMI and losses over the epochs, and over λ while it rises."""
-    sections = [Section("Training", "What each epoch left (Fig. 5a, c).", curves(run.history, PANELS))]
+    sections = [Section("Training", "What each epoch left (Fig. 5a, c).", curves(run.history, PANELS, from_zero=False))]
     top = max(metrics["lambda"] for metrics in run.history)
     rising = [metrics for metrics in run.history if 0 < metrics["lambda"] < top]
     if rising and "unlabelled_acc" in rising[0]:
         panels = {title: PANELS[title] for title in ("ACC, %", "NMI")}
         caption = "What the epochs left in which λ, the weight of the unlabelled images, rose (Fig. 5b)."
-        sections.append(Section("Effect of λ", caption, curves(rising, panels, "lambda", "λ")))
+        sections.append(Section("Effect of λ", caption, curves(rising, panels, "lambda", "λ", from_zero=False)))
     return sections
 
 
@@ -510,13 +522,13 @@ def paper_sections(learner: Learner, held_out: HeldOut, predicted: Tensor) -> li
     sections = [Section("Embeddings", caption, embedding(panels, classes[some], names))]
 
     centres = learner.decoded(learner.network.centres)
-    samples = [(label, torch.nonzero(predicted == label).flatten()[:1]) for label in range(min(len(names), SHOWN))]
-    samples = [(label, found) for label, found in samples if len(found)]
-    body = gallery(centres[[label for label, _ in samples]], [f"centre {names[label]}" for label, _ in samples])
-    body += gallery(images[torch.cat([found for _, found in samples])], [names[label] for label, _ in samples])
+    filled = [label for label in range(len(names)) if (predicted == label).any()][:_IN_A_ROW]
+    samples = images[[int(torch.nonzero(predicted == label)[0]) for label in filled]]
+    body = gallery(centres[filled], [f"centre {names[label]}" for label in filled])
+    body += gallery(samples, [names[label] for label in filled])
     sections.append(Section("Centres", "Decoded, with an image of each cluster below (Fig. 3).", body))
 
-    few = images[:SHOWN]
+    few = images[:_IN_A_ROW]
     decoded = learner.decoded(learner.features(few.to(learner.given.device)))
     body = gallery(few, [""] * len(few)) + gallery(decoded, [""] * len(few))
     sections.append(Section("Reconstructions", f"Of {held_out.what}, below each (Fig. 4).", body))

@@ -139,7 +139,7 @@ def test_a_step_is_equation_3(small: Config, settings: dict, weight: float) -> N
         pair = reference.pairwise_kl(log_p, clusters, config.margin, True)[0].sum()
         spread = (points - centres[clusters]).square().sum(1).mean()
         expected = expected + share * (pair + config.cluster_weight * spread)
-    terms = learner.step(part, rest, weight)
+    terms = learner.step(part, rest, learner.given, weight)
     assert float(terms["loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
 
     moved, counts = moved_centres(centres, torch.full((3,), 5.0).double(), z[:9], learner.given[part])
@@ -160,7 +160,7 @@ def test_no_pair_joins_a_labelled_and_an_unlabelled_point(small: Config, monkeyp
         return plain(log_p, labels, **options)
 
     monkeypatch.setattr(clusternet.fastclust, "pairwise_kl", seen)
-    learner.step(learner.labelled, learner.unlabelled[:20], 1.0)
+    learner.step(learner.labelled, learner.unlabelled[:20], learner.given, 1.0)
     assert [len(labels) for labels in batches] == [9, 20]
     assert torch.equal(batches[0], learner.given[learner.labelled])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from methods.common.data import HeldOut
 
-SHOWN, _EMBEDDED = 24, 1000  # images in a gallery, images in an embedding
+_SHOWN, _EMBEDDED = 24, 1000  # images in a gallery, images in an embedding
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -74,8 +74,8 @@ def classification_sections(
         return gallery(held_out.images[indices], [caption_of(i) for i in indices.tolist()])
 
     sections = [
-        Section(f"Least certain {what}", "Predicted class and confidence.", shown(order.flip(0)[:SHOWN])),
-        Section(f"Most certain {what}", "Predicted class and confidence.", shown(order[:SHOWN])),
+        Section(f"Least certain {what}", "Predicted class and confidence.", shown(order.flip(0)[:_SHOWN])),
+        Section(f"Most certain {what}", "Predicted class and confidence.", shown(order[:_SHOWN])),
     ]
     if features is not None:
         some = embedded(len(features))
@@ -90,16 +90,21 @@ def classification_sections(
     wrong = order[(predicted != truth)[order]]
     if len(wrong):
         caption = f"The most certain of the {len(wrong)} mistakes among {what}: predicted and true class."
-        sections.insert(1 if features is None else 2, Section("Worst mistakes", caption, shown(wrong[:SHOWN])))
+        sections.insert(1 if features is None else 2, Section("Worst mistakes", caption, shown(wrong[:_SHOWN])))
     return sections
 
 
 def curves(
-    history: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], over: str = "epoch", what: str = ""
+    history: Sequence[Mapping[str, Any]],
+    panels: Mapping[str, Mapping[str, str]],
+    over: str = "epoch",
+    what: str = "",
+    *,
+    from_zero: bool = True,
 ) -> str:
     """Curves over epochs, a panel per title; each panel maps a metric's name to the name shown for it.
 
-    `over` is the metric to draw them over, and `what` the name shown for it.
+    `over` is the metric to draw them over, and `what` the name shown for it; `from_zero` has every axis begin at 0.
     """
     shown = {
         title: {metric: name for metric, name in lines.items() if any(metric in row for row in history)}
@@ -117,7 +122,8 @@ def curves(
             axis.plot([row[over] for row in rows], [row[metric] for row in rows], label=name)
         axis.set_title(title)
         axis.set_xlabel(what or over)
-        axis.set_ylim(bottom=0)
+        if from_zero:
+            axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
     return _drawn(figure, f"curves over {what or over}")
 
