@@ -1,9 +1,14 @@
 // Nearest centroids through 8-bit products, each certified: a label is taken from them only where no other centroid's score
-// can be lower, given the bounds of quantisation and rounding; between the centroids left, float scores decide.
+// can be higher, given the bounds of quantisation and rounding; between two that are left, float scores decide.
 //
-// In units of 2 scale_x, which differ from row to row, the score |c_k|^2 - 2 x.c_k is t_k = |c_k|^2 / (2 scale_x) - scale_k
-// q_x.q_k and is off by at most  e_k = (|x - x~| |c_k| + |x~| |c_k - c~_k|) / scale_x  (and rounding): centroid k is left where
-// t_k - e_k <= min_j t_j + e_j.
+// In units of scale_x scale_c, where one scale_c serves all centroids, the score x.c_k - |c_k|^2 / 2 is
+//     t_k = q_x.q_k - h_k / scale_x,   h_k = |c_k|^2 / (2 scale_c),
+// and is off by at most  E = (|x - x~| max |c| + |x~| max |c - c~|) / (scale_x scale_c)  and rounding. E is one number per row,
+// so the three highest t of a row are nearly all there is to keep of it: whatever lies more than E below the exact score of the
+// first is ruled out. Where that leaves more than two, a second look at the products, which are kept, finds them.
+//
+// Rows are the lanes of a vector and centroids come one by one, so that nothing is ever reduced across lanes. A score's lowest
+// bits hold its centroid's index, which makes keeping the highest three a matter of five minima and maxima.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +19,6 @@
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 
 namespace quantised = fastclust::quantised::FASTCLUST_CAPABILITY;
-static_assert(kBlockRows % quantised::kTileRows == 0);
 
 template <class T>
 constexpr bool kCertifies = quantised::kAvailable && std::is_same_v<T, float>;
@@ -22,74 +26,102 @@ constexpr bool kCertifies = quantised::kAvailable && std::is_same_v<T, float>;
 /// Below this depth the float products cost no more than the bounds.
 constexpr int64_t kLeastDepth = 16;
 
-/// The rows of one problem, less the shift, quantised once for all its passes.
+inline int64_t padded_depth(int64_t d) {
+    return (d + 15) / 16 * 16;
+}
+
+/// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
 struct QuantisedRows {
     int64_t n, d;
-    uint8_t* packed;
+    uint8_t* panels;            // quantised.h, signed
+    int32_t* starts;            // (N)
     quantised::Quantised* how;  // (N)
     float* centred;             // one padded row per piece
 
     QuantisedRows(int64_t n_, int64_t d_, int pieces, const Context& context)
         : n(n_),
           d(d_),
-          packed(context.scratch<uint8_t>(quantised::packed_rows_size(n_, d_))),
+          panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes(d_))),
+          starts(context.scratch<int32_t>(n_)),
           how(context.scratch<quantised::Quantised>(n_)),
-          centred(context.scratch<float>(pieces * padded(d_))) {}
+          centred(context.scratch<float>(pieces * padded_depth(d_))) {}
 
-    static int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
+    static constexpr int64_t kLanes = quantised::kWidth;
+    static int64_t panel_bytes(int64_t d) { return kLanes * 4 * quantised::steps(d); }
+    const uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(d); }
 
     void prepare(int pieces, const float* x, const float* shift) {
         for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
-            float* v = centred + piece * padded(d);
-            for (int64_t j = d; j < padded(d); ++j) v[j] = 0;
+            float* v = centred + piece * padded_depth(d);
+            for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
             for (int64_t row = first * kSpanRows; first < last && row < span_end(last - 1, n); ++row) {
                 for (int64_t j = 0; j < d; ++j) v[j] = x[row * d + j] - shift[j];
-                how[row] = quantised::pack_row(v, row, d, packed);
+                uint8_t* lane = panels + row / kLanes * panel_bytes(d) + row % kLanes * 4;
+                const float scale = quantised::scale_for(quantised::largest_magnitude(v, d));
+                how[row] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + row);
+                starts[row] *= -128;
             }
         });
     }
 };
 
-/// K centroids ready for 8-bit products, and for float products one by one. Columns beyond K have an infinite norm.
+/// K centroids ready for 8-bit products, and for float products one by one.
 struct QuantisedCentres {
-    int64_t k, d, columns;
+    static constexpr int kGroup = 8;  // centroids of a tile
+
+    int64_t k, d;
     const float* shift;
-    float* centred;    // (columns, padded D) c - shift
-    uint8_t* packed;   // its panels
-    int32_t* starts;   // (columns)
-    float* scales;     // (columns)
-    float* squares;    // (columns) |c - shift|^2
-    float* norms;      // (columns) |c - shift|
-    float* residuals;  // (columns) |c - c~|
+    float* centred;   // (K, padded D) c - shift
+    float* squares;   // (K) |c - shift|^2
+    float* halves;    // (K) h
+    float* tops;      // (K) the largest coordinate's magnitude, later |c - c~|
+    uint8_t* groups;  // quantised.h, unsigned, in groups of kGroup
+    float scale = 1, norm = 0, residual = 0;  // of all: scale, max |c|, max |c - c~|
 
     QuantisedCentres(int64_t k_, int64_t d_, const float* shift_, const Context& context)
         : k(k_),
           d(d_),
-          columns((k_ + quantised::kWidth - 1) / quantised::kWidth * quantised::kWidth),
           shift(shift_),
-          centred(context.scratch<float>(columns * QuantisedRows::padded(d_))),
-          packed(context.scratch<uint8_t>(quantised::packed_columns_size(k_, d_))),
-          starts(context.scratch<int32_t>(columns)),
-          scales(context.scratch<float>(columns)),
-          squares(context.scratch<float>(columns)),
-          norms(context.scratch<float>(columns)),
-          residuals(context.scratch<float>(columns)) {}
+          centred(context.scratch<float>(k_ * padded_depth(d_))),
+          squares(context.scratch<float>(k_)),
+          halves(context.scratch<float>(k_)),
+          tops(context.scratch<float>(k_)),
+          groups(context.scratch<uint8_t>((k_ + kGroup - 1) / kGroup * group_bytes())) {}
+
+    int64_t group_bytes() const { return kGroup * 4 * quantised::steps(d); }
+    const float* row(int64_t column) const { return centred + column * padded_depth(d); }
 
     void prepare(int pieces, const float* centroids) {
-        const int64_t width = QuantisedRows::padded(d);
-        for_pieces(pieces, columns, [&](int, int64_t first, int64_t last) {
+        for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
+            for (int64_t column = first; column < last; ++column) centre(centroids + column * d, column);
+        });
+        float top = 0, square = 0;
+        for (int64_t column = 0; column < k; ++column) {
+            top = tops[column] > top ? tops[column] : top;
+            square = squares[column] > square ? squares[column] : square;
+        }
+        scale = quantised::scale_for(top);
+        norm = __builtin_sqrtf(square) * 1.000001f;
+        for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
             for (int64_t column = first; column < last; ++column) {
-                float* v = centred + column * width;
-                double square = 0;
-                for (int64_t j = 0; j < width; ++j) v[j] = j < d && column < k ? centroids[column * d + j] - shift[j] : 0;
-                for (int64_t j = 0; j < d; ++j) square += static_cast<double>(v[j]) * v[j];
-                const auto how = quantised::pack_column(v, column, d, packed, starts + column);
-                scales[column] = how.scale;
-                residuals[column] = how.residual;
-                norms[column] = static_cast<float>(__builtin_sqrt(square) * 1.000001);
-                squares[column] = column < k ? static_cast<float>(square) : __builtin_inff();
+                int32_t sum;
+                uint8_t* lane = groups + column / kGroup * group_bytes() + column % kGroup * 4;
+                tops[column] = quantised::quantise(row(column), d, scale, 128, lane, kGroup * 4, &sum).residual;
+                halves[column] = squares[column] / (2 * scale);
             }
         });
+        residual = 0;
+        for (int64_t column = 0; column < k; ++column) residual = tops[column] > residual ? tops[column] : residual;
+    }
+
+   private:
+    void centre(const float* c, int64_t column) {
+        float* v = centred + column * padded_depth(d);
+        double square = 0;
+        for (int64_t j = 0; j < padded_depth(d); ++j) v[j] = j < d ? c[j] - shift[j] : 0;
+        for (int64_t j = 0; j < d; ++j) square += static_cast<double>(v[j]) * v[j];
+        squares[column] = static_cast<float>(square);
+        tops[column] = quantised::largest_magnitude(v, d);
     }
 };
 
@@ -102,172 +134,252 @@ class CertifiedAssigner;
 template <>
 class CertifiedAssigner<float> {
    public:
-    CertifiedAssigner(int64_t d, const Context& context)
-        : lower_(context.scratch<float>(kRows * kGroup)),
-          centred_(context.scratch<float>(QuantisedRows::padded(d))),
-          gathered_(context.scratch<uint8_t>(kRows * quantised::steps(d) * 4)),
-          left_(context.scratch<Left>(kRows)) {
-        for (int64_t j = d; j < QuantisedRows::padded(d); ++j) centred_[j] = 0;
+    CertifiedAssigner(int64_t k, int64_t d, const Context& context)
+        : staged_(context.scratch<int32_t>(kStagedLanes * quantised::steps(d))),
+          products_(context.scratch<int32_t>((k + 1) * kBlockRows)),
+          centred_(context.scratch<float>(kBlockRows * padded_depth(d))) {
+        for (int64_t i = 0; i < kStagedLanes * quantised::steps(d); ++i) staged_[i] = 0;
+        for (int64_t i = 0; i < kBlockRows * padded_depth(d); ++i) centred_[i] = 0;
     }
 
-    /// Labels and gaps, as BlockAssigner's, of rows[0 .. count); how many float scores it took to be certain of them. Without
-    /// `exact` it takes none: the best 8-bit score decides.
+    /// Labels and gaps, as BlockAssigner's, of rows[0 .. count), ascending; how many float scores it took to be certain of
+    /// them. Without `exact` it takes none: the best 8-bit score decides.
     int64_t assign(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
                    int64_t count, bool exact, int64_t* labels, float* gaps) {
         int64_t scored = 0;
-        for (int64_t first = 0; first < count; first += kRows) {
-            const int64_t size = count - first < kRows ? count - first : kRows;
-            const uint8_t* group = packed_group(data, rows + first, size);
-            for (int64_t i = 0; i < size; ++i) left_[i] = Left{};
-            for (int64_t column = 0; column < centres.columns; column += kGroup)
-                bound_group(data, centres, group, rows + first, size, column);
-            for (int64_t i = 0; i < size; ++i)
-                scored += conclude(data, centres, x, rows[first + i], exact, left_[i], labels + first + i, gaps + first + i);
+        for (int64_t first = 0; first < count; first += kBlockRows) {
+            const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
+            stage(data, rows + first, size);
+            prefetch(data, centres, x, rows + first, size, count - first - size);
+            keep_highest(centres, size);
+            scored += conclude(data, centres, x, rows + first, size, exact, labels + first, gaps + first);
         }
         return scored;
     }
 
    private:
-    static constexpr int64_t kRows = quantised::kTileRows;
-    static constexpr int64_t kGroup = 16 * quantised::kWidth;  // columns whose scores lie in the first-level cache at once
-    static constexpr int64_t kMost = 30;
+    static constexpr int64_t kLanes = quantised::kWidth;
+    static constexpr int64_t kStagedLanes = kBlockRows + kLanes;  // the last compressed store reaches beyond the block
+    static constexpr int kIndexBits = 10;
+    static constexpr int64_t kChunk = 1 << kIndexBits;  // centroids whose indices a score's lowest bits can tell apart
+    static constexpr float kNone = -3e38f;
+    static_assert(kBlockRows == 3 * kLanes);
 
-    /// The centroids that a row may belong to, ascending; all where count > kMost, or where no bound holds (count 0).
-    struct Left {
-        float upper = __builtin_inff();   // the least upper bound of a score so far
-        float least = __builtin_inff();   // the least lower bound
-        float second = __builtin_inff();  // and the second least
-        int32_t count = 0;
-        int32_t column[kMost] = {};
-        float lower[kMost];
-
-        int64_t lowest() const {
-            int32_t best = 0;
-            for (int32_t i = 1; i < count && i < kMost; ++i) best = lower[i] < lower[best] ? i : best;
-            return column[best];
-        }
-    };
-
-    /// The packed rows of a group: where they lie if they are one, else gathered.
-    const uint8_t* packed_group(const QuantisedRows& data, const int64_t* rows, int64_t size) {
+    /// The block's rows side by side: each step of a source panel is one compressed store.
+    void stage(const QuantisedRows& data, const int64_t* rows, int64_t count) {
         const int64_t steps = quantised::steps(data.d);
-        const auto group_of = [&](int64_t row) { return data.packed + row / kRows * kRows * steps * 4; };
-        if (rows[0] % kRows == 0 && rows[size - 1] - rows[0] == size - 1) return group_of(rows[0]);
-        for (int64_t i = 0; i < size; ++i) {
-            const uint8_t* from = group_of(rows[i]) + rows[i] % kRows * 4;
+        for (int64_t i = 0; i < count; ++i) {
+            starts_[i] = data.starts[rows[i]];
+            inverses_[i] = 1 / data.how[rows[i]].scale;
+            for (int t = 0; t < 3; ++t) best_[t][i] = kNone;
+        }
+        for (int64_t i = 0, filled = 0; i < count; filled = i) {
+            const auto* from = reinterpret_cast<const int32_t*>(data.panel_of(rows[i]));
+            const int64_t end = rows[i] / kLanes * kLanes + kLanes;
+            unsigned lanes = 0;
+            for (; i < count && rows[i] < end; ++i) lanes |= 1U << rows[i] % kLanes;
             for (int64_t step = 0; step < steps; ++step)
-                __builtin_memcpy(gathered_ + (step * kRows + i) * 4, from + step * kRows * 4, 4);
+                _mm512_storeu_si512(
+                    staged_ + step * kStagedLanes + filled,
+                    _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_loadu_si512(from + step * kLanes)));
         }
-        return gathered_;
     }
 
-    void bound_group(const QuantisedRows& data, const QuantisedCentres& centres, const uint8_t* group, const int64_t* rows,
-                     int64_t size, int64_t column) {
-        const int64_t width = centres.columns - column < kGroup ? centres.columns - column : kGroup;
-        quantised::multiply(group, centres.packed + column * quantised::steps(centres.d) * 4, width / quantised::kWidth,
-                            centres.d, centres.starts + column, reinterpret_cast<int32_t*>(lower_), kGroup);
+    /// What is read after the products: the codes of the next rows and, where many needed them last time, the rows themselves.
+    void prefetch(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count,
+                  int64_t following) const {
+        const int64_t next = following < kBlockRows ? following : kBlockRows;
+        const uint8_t* panel = nullptr;
+        for (int64_t i = count; i < count + next; ++i) {
+            if (data.panel_of(rows[i]) == panel) continue;
+            panel = data.panel_of(rows[i]);
+            for (int64_t byte = 0; byte < QuantisedRows::panel_bytes(data.d); byte += 64) __builtin_prefetch(panel + byte);
+        }
+        if (4 * unsettled_ < count) return;
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(x + rows[i] * centres.d + j);
+    }
+
+    /// The three highest scores of each staged row, to best_.
+    void keep_highest(const QuantisedCentres& centres, int64_t count) {
+        for (int64_t first = 0; first < centres.k; first += kChunk) {
+            const int64_t last = first + kChunk < centres.k ? first + kChunk : centres.k;
+            if (count <= kLanes)
+                keep_highest<1>(centres, first, last);
+            else if (count <= 2 * kLanes)
+                keep_highest<2>(centres, first, last);
+            else
+                keep_highest<3>(centres, first, last);
+            merge(first, count);
+        }
+    }
+
+    /// The same among centroids [first, last), to highest_.
+    template <int Panels>
+    void keep_highest(const QuantisedCentres& centres, int64_t first, int64_t last) {
+        for (auto& of_lanes : highest_)
+            for (int64_t i = 0; i < Panels * kLanes; ++i) of_lanes[i] = kNone;
+        for (int64_t column = first; column < last; column += QuantisedCentres::kGroup) {
+            const uint8_t* group = centres.groups + column / QuantisedCentres::kGroup * centres.group_bytes();
+            const int64_t size = last - column < QuantisedCentres::kGroup ? last - column : QuantisedCentres::kGroup;
+            int32_t* products = products_ + column * kBlockRows;
+            multiply_group<Panels>(group, size, quantised::steps(centres.d), products);
+            for (int panel = 0; panel < Panels; ++panel)
+                keep_group(products + panel * kLanes, centres.halves + column, static_cast<int32_t>(column - first), size,
+                           panel * kLanes);
+        }
+    }
+
+    template <int Panels>
+    void multiply_group(const uint8_t* group, int64_t size, int64_t steps, int32_t* out) {
+        constexpr int kGroup = QuantisedCentres::kGroup;
+        constexpr int64_t kStepBytes = kStagedLanes * 4, kPanelBytes = kLanes * 4;
+        const auto* panels = reinterpret_cast<const uint8_t*>(staged_);
+        if (size == kGroup)
+            return quantised::multiply_tile<kGroup, kGroup, Panels>(group, panels, kStepBytes, kPanelBytes, steps, starts_, out,
+                                                                    kBlockRows);
+        for (int64_t row = 0; row < size; row += 2)  // an odd last one takes along what lies beside it
+            quantised::multiply_tile<2, kGroup, Panels>(group + row * 4, panels, kStepBytes, kPanelBytes, steps, starts_,
+                                                        out + row * kBlockRows, kBlockRows);
+    }
+
+    /// The scores of 16 rows with one centroid.
+    static __m512 scores(const int32_t* products, float half, __m512 inverse) {
+        return _mm512_fnmadd_ps(_mm512_set1_ps(half), inverse, _mm512_cvtepi32_ps(_mm512_loadu_si512(products)));
+    }
+
+    void keep_group(const int32_t* products, const float* halves, int32_t index, int64_t size, int64_t lane) {
+        const __m512 inverse = _mm512_loadu_ps(inverses_ + lane);
+        const __m512i index_bits = _mm512_set1_epi32(kChunk - 1);
+        __m512 highest = _mm512_loadu_ps(highest_[0] + lane), second = _mm512_loadu_ps(highest_[1] + lane),
+               third = _mm512_loadu_ps(highest_[2] + lane);
         for (int64_t i = 0; i < size; ++i) {
-            lower_bounds(data.how[rows[i]], centres, column, width, lower_ + i * kGroup, left_[i]);
-            keep(lower_ + i * kGroup, column, width, left_[i]);
+            const __m512 score = scores(products + i * kBlockRows, halves[i], inverse);
+            const __m512i own = _mm512_set1_epi32(index + static_cast<int32_t>(i));
+            constexpr int kSelect = 0xCA;  // of three bits a, b, c: a ? b : c
+            const __m512 tagged = _mm512_castsi512_ps(
+                _mm512_ternarylogic_epi32(index_bits, own, _mm512_castps_si512(score), kSelect));
+            const __m512 lower = _mm512_min_ps(tagged, highest);
+            highest = _mm512_max_ps(tagged, highest);
+            third = _mm512_max_ps(third, _mm512_min_ps(lower, second));
+            second = _mm512_max_ps(second, lower);
         }
+        _mm512_storeu_ps(highest_[0] + lane, highest);
+        _mm512_storeu_ps(highest_[1] + lane, second);
+        _mm512_storeu_ps(highest_[2] + lane, third);
     }
 
-    /// Turns integer products into lower bounds of the scores, in place, and lowers the least upper bound.
-    static void lower_bounds(const quantised::Quantised& row, const QuantisedCentres& centres, int64_t column, int64_t width,
-                             float* __restrict products, Left& left) {
-        constexpr float kRounding = 1e-6f;  // of the few float operations below
-        const float inverse = 1 / row.scale;
-        const __m512 half = _mm512_set1_ps(0.5f * inverse);
-        const __m512 by_norm = _mm512_set1_ps((row.residual + kRounding * row.norm) * inverse * (1 + kRounding));
-        const __m512 by_residual = _mm512_set1_ps(row.norm * inverse * (1 + kRounding));
-        const __m512 by_square = _mm512_set1_ps(0.5f * inverse * kRounding);
-        const float* __restrict squares = centres.squares + column;
-        const float* __restrict norms = centres.norms + column;
-        const float* __restrict residuals = centres.residuals + column;
-        const float* __restrict scales = centres.scales + column;
-        __m512 upper = _mm512_set1_ps(left.upper);
-        __m512 least = _mm512_set1_ps(__builtin_inff()), second = least;
-        for (int64_t j = 0; j < width; j += 16) {
-            const __m512 square = _mm512_loadu_ps(squares + j);
-            __m512 bound = _mm512_mul_ps(by_norm, _mm512_loadu_ps(norms + j));
-            bound = _mm512_fmadd_ps(by_residual, _mm512_loadu_ps(residuals + j), bound);
-            bound = _mm512_fmadd_ps(by_square, square, bound);
-            const __m512 product = _mm512_cvtepi32_ps(_mm512_loadu_si512(products + j));
-            const __m512 score = _mm512_fnmadd_ps(_mm512_loadu_ps(scales + j), product, _mm512_mul_ps(half, square));
-            upper = _mm512_min_ps(upper, _mm512_add_ps(score, bound));
-            const __m512 lower =
-                _mm512_sub_ps(score, bound);  // NaN beyond K; of a NaN, min and max return their second operand
-            second = _mm512_min_ps(_mm512_max_ps(least, lower), second);
-            least = _mm512_min_ps(lower, least);
-            _mm512_storeu_ps(products + j, lower);
-        }
-        left.upper = _mm512_reduce_min_ps(upper);
-        const float lowest = _mm512_reduce_min_ps(least);
-        const __mmask16 at = _mm512_cmp_ps_mask(least, _mm512_set1_ps(lowest), _CMP_EQ_OQ);
-        const auto one = static_cast<__mmask16>(at & -at);
-        const float next = _mm512_reduce_min_ps(_mm512_mask_mov_ps(least, one, second));
-        const float larger = lowest < left.least ? left.least : lowest;
-        left.least = lowest < left.least ? lowest : left.least;
-        left.second = larger < left.second ? larger : left.second;
-        left.second = next < left.second ? next : left.second;
-    }
-
-    static void keep(const float* lower, int64_t column, int64_t width, Left& left) {
-        const __m512 upper = _mm512_set1_ps(left.upper);
-        int32_t count = 0;  // of those kept so far, the ones still below
-        for (int32_t i = 0; i < left.count && left.count <= kMost; ++i) {
-            if (!(left.lower[i] <= left.upper)) continue;
-            left.column[count] = left.column[i];
-            left.lower[count++] = left.lower[i];
-        }
-        if (left.count <= kMost) left.count = count;
-        for (int64_t j = 0; j < width; j += 16) {
-            const __m512 bounds = _mm512_loadu_ps(lower + j);
-            for (unsigned mask = _mm512_cmp_ps_mask(bounds, upper, _CMP_LE_OQ); mask != 0; mask &= mask - 1) {
-                const int lane = __builtin_ctz(mask);
-                if (left.count < kMost) {
-                    left.column[left.count] = static_cast<int32_t>(column + j + lane);
-                    left.lower[left.count] = lower[j + lane];
+    /// highest_, of the chunk of centroids from `first` on, joins best_.
+    void merge(int64_t first, int64_t count) {
+        for (const auto& of_lanes : highest_)
+            for (int64_t i = 0; i < count; ++i) {
+                float score = of_lanes[i];
+                int32_t bits;
+                __builtin_memcpy(&bits, &score, 4);
+                auto index = static_cast<int32_t>(first) + (bits & static_cast<int32_t>(kChunk - 1));
+                for (int t = 0; t < 3; ++t) {
+                    const bool higher = score > best_[t][i];
+                    const float lower = higher ? best_[t][i] : score;
+                    const int32_t lower_index = higher ? index_[t][i] : index;
+                    best_[t][i] = higher ? score : best_[t][i];
+                    index_[t][i] = higher ? index : index_[t][i];
+                    score = lower, index = lower_index;
                 }
-                left.count += left.count <= kMost;
+            }
+    }
+
+    /// Labels and gaps from best_; where the bound leaves more than one centroid, from float scores.
+    int64_t conclude(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
+                     int64_t count, bool exact, int64_t* labels, float* gaps) {
+        float squares[kBlockRows];
+        for (int64_t i = 0; i < count; ++i) {
+            const quantised::Quantised& how = data.how[rows[i]];
+            // Rounding: the tag replaces a score's last bits; the score itself took three roundings, a float score d more.
+            const float rounding = 1.0f / (1 << (23 - kIndexBits)) + 1.2e-7f * static_cast<float>(2 * centres.d + 64);
+            const float length = how.norm + how.residual;
+            const float error = how.residual * centres.norm + how.norm * centres.residual +
+                                rounding * centres.norm * (length + centres.norm);
+            units_[i] = how.scale * centres.scale;
+            bounds_[i] = 1.00001f * error / units_[i];
+            squares[i] = length * length;
+            nearer_[i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
+            farther_[i] = -2 * units_[i] * (best_[1][i] + bounds_[i]);
+            labels[i] = index_[0][i];
+        }
+        const int64_t scored = exact ? settle(centres, x, rows, count, labels) : 0;
+        for (int64_t i = 0; i < count; ++i) gaps[i] = distance_gap(nearer_[i], farther_[i], squares[i], centres.d);
+        return scored;
+    }
+
+    /// Float scores for the rows whose second score lies within twice the bound of the first, or which have no bound.
+    int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count, int64_t* labels) {
+        int64_t scored = 0;
+        bool look_again = false;
+        unsettled_ = 0;
+        for (int64_t i = 0; i < kBlockRows; ++i) least_[i] = __builtin_inff();
+        for (int64_t i = 0; i < count; ++i) {
+            if (best_[1][i] < best_[0][i] - 2 * bounds_[i]) continue;
+            ++unsettled_;
+            centre(x + rows[i] * centres.d, centres, i);
+            const int64_t first = index_[0][i], other = index_[1][i];
+            const float value = score(centres, i, first), least = value / (-2 * units_[i]) - bounds_[i];
+            ++scored;
+            nearer_[i] = value;
+            if (best_[1][i] < least) continue;
+            if (best_[2][i] < least) {
+                farther_[i] = -2 * units_[i] * (best_[2][i] + bounds_[i]);
+                join(score(centres, i, other), other, i, labels);
+                ++scored;
+            } else {
+                nearer_[i] = __builtin_inff();
+                farther_[i] = -2 * units_[i] * (least + bounds_[i]);  // what is not looked at again scores above this
+                least_[i] = least == least ? least : -__builtin_inff();
+                look_again = true;
             }
         }
+        return look_again ? scored + score_possible(centres, labels) : scored;
     }
 
-    /// Takes the only centroid left, or the lowest of the best float scores; how many of those it took.
-    int64_t conclude(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, int64_t row, bool exact,
-                     const Left& left, int64_t* label, float* gap) {
-        const quantised::Quantised& how = data.how[row];
-        const float unit = 2 * how.scale, square = (how.norm + how.residual) * (how.norm + how.residual);
-        if (left.count == 1 || (!exact && left.count > 0)) {
-            *label = exact ? left.column[0] : left.lowest();
-            *gap = distance_gap(unit * left.upper, unit * left.second, square, centres.d);
-            return 0;
+    /// Scores the centroids that reach least_, all of a row where that is -inf.
+    int64_t score_possible(const QuantisedCentres& centres, int64_t* labels) {
+        int64_t scored = 0;
+        for (int64_t lane = 0; lane < kBlockRows; lane += kLanes) {
+            const __m512 inverse = _mm512_loadu_ps(inverses_ + lane), least = _mm512_loadu_ps(least_ + lane);
+            const __mmask16 open = _mm512_cmp_ps_mask(least, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+            if (open == 0) continue;
+            for (int64_t column = 0; column < centres.k; ++column) {
+                const __m512 score_of = scores(products_ + column * kBlockRows + lane, centres.halves[column], inverse);
+                unsigned possible = _mm512_mask_cmp_ps_mask(open, score_of, least, _CMP_NLT_UQ);
+                for (; possible != 0; possible &= possible - 1, ++scored) {
+                    const int64_t i = lane + __builtin_ctz(possible);
+                    join(score(centres, i, column), column, i, labels);
+                }
+            }
         }
-        const bool all = left.count == 0 || left.count > kMost;
-        float best = __builtin_inff(), second = all ? best : unit * left.upper;  // those not left score above `upper`
-        const int64_t count = all ? centres.k : left.count;
-        const int64_t width = QuantisedRows::padded(centres.d);
-        centre(x + row * centres.d, centres);
-        *label = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t column = all ? i : left.column[i];
-            const float score = centres.squares[column] - 2 * dot(centred_, centres.centred + column * width, width);
-            const float larger = score < best ? best : score;
-            second = larger < second ? larger : second;
-            if (score < best) best = score, *label = column;
-        }
-        *gap = distance_gap(best, second, square, centres.d);
-        return count;
+        return scored;
     }
 
-    void centre(const float* __restrict x, const QuantisedCentres& centres) {
+    /// A float score of lane i joins those it has: the lowest counts, the lower index of equals.
+    void join(float value, int64_t column, int64_t i, int64_t* labels) {
+        if (value < nearer_[i] || (value == nearer_[i] && column < labels[i])) {
+            farther_[i] = nearer_[i] < farther_[i] ? nearer_[i] : farther_[i];
+            nearer_[i] = value;
+            labels[i] = column;
+        } else {
+            farther_[i] = value < farther_[i] ? value : farther_[i];
+        }
+    }
+
+    void centre(const float* __restrict x, const QuantisedCentres& centres, int64_t i) {
         const float* __restrict shift = centres.shift;
-        float* __restrict v = centred_;
+        float* __restrict v = centred_ + i * padded_depth(centres.d);
         for (int64_t j = 0; j < centres.d; ++j) v[j] = x[j] - shift[j];
     }
 
-    static float dot(const float* v, const float* w, int64_t width) {
+    /// |c|^2 - 2 x.c of lane i.
+    float score(const QuantisedCentres& centres, int64_t i, int64_t column) const {
+        const int64_t width = padded_depth(centres.d);
+        const float *v = centred_ + i * width, *w = centres.row(column);
         __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
         int64_t j = 0;
         for (; j + 32 <= width; j += 32) {
@@ -275,13 +387,21 @@ class CertifiedAssigner<float> {
             odd = _mm512_fmadd_ps(_mm512_loadu_ps(v + j + 16), _mm512_loadu_ps(w + j + 16), odd);
         }
         if (j < width) even = _mm512_fmadd_ps(_mm512_loadu_ps(v + j), _mm512_loadu_ps(w + j), even);
-        return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+        return centres.squares[column] - 2 * _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
     }
 
-    float* lower_;
-    float* centred_;     // (padded D) the row that is scored
-    uint8_t* gathered_;  // a packed group
-    Left* left_;
+    int32_t* staged_;    // (steps, kStagedLanes) the block's codes
+    int32_t* products_;  // (K + 1, kBlockRows)
+    float* centred_;     // (kBlockRows, padded D) the rows that float scores are taken of
+    int64_t unsettled_ = 0;  // of the last block
+    int32_t starts_[kBlockRows] = {};
+    float inverses_[kBlockRows] = {};
+    float highest_[3][kBlockRows];  // of a chunk, tagged with the index in it
+    float best_[3][kBlockRows];     // of all chunks so far
+    int32_t index_[3][kBlockRows];
+    float units_[kBlockRows], bounds_[kBlockRows];     // of the scores; E
+    float nearer_[kBlockRows], farther_[kBlockRows];   // |c|^2 - 2 x.c: at most the nearest one's, at least every other's
+    float least_[kBlockRows];                          // score that makes a centroid possible
 };
 
 #endif

@@ -16,14 +16,13 @@ void assign(const Assign<T>& a, const Context& context) {
         search.set_rows(x);
         search.set_centroids(centroids);
         for_pieces(pieces, span_count(a.n), [&](int piece, int64_t first, int64_t last) {
-            int64_t rows[kBlockRows];
-            T gaps[kBlockRows];
-            const int64_t end = first < last ? span_end(last - 1, a.n) : 0;
-            for (int64_t begin = first * kSpanRows; begin < end; begin += kBlockRows) {
-                const int64_t count = end - begin < kBlockRows ? end - begin : kBlockRows;
-                for (int64_t i = 0; i < count; ++i) rows[i] = begin + i;
-                search.assign(piece, rows, count, labels + begin, gaps);
-                for (int64_t row = begin; row < begin + count; ++row)
+            int64_t rows[kSpanRows];
+            T gaps[kSpanRows];
+            for (int64_t span = first; span < last; ++span) {
+                const int64_t begin = span * kSpanRows, end = span_end(span, a.n);
+                for (int64_t row = begin; row < end; ++row) rows[row - begin] = row;
+                search.assign(piece, rows, end - begin, labels + begin, gaps);
+                for (int64_t row = begin; row < end; ++row)
                     a.distances[problem * a.n + row] =
                         static_cast<T>(squared_distance(x + row * a.d, centroids + labels[row] * a.d, a.d));
             }

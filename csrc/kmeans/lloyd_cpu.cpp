@@ -95,8 +95,8 @@ class Solver {
     }
 
     int64_t assign_span(int piece, int64_t span, bool trust_gaps) {
-        int64_t rows[kSpanRows], nearest[kBlockRows], count = 0, changed = 0;
-        T gaps[kBlockRows];
+        int64_t rows[kSpanRows], nearest[kSpanRows], count = 0, changed = 0;
+        T gaps[kSpanRows];
         for (int64_t row = span * kSpanRows; row < span_end(span, a_.n); ++row) {
             previous_[row] = static_cast<int32_t>(labels_[row]);
             if (fixed_ != nullptr && fixed_[row] >= 0) {
@@ -106,15 +106,12 @@ class Solver {
                 rows[count++] = row;
             }
         }
-        for (int64_t first = 0; first < count; first += kBlockRows) {
-            const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
-            search_.assign(piece, rows + first, size, nearest, gaps);
-            for (int64_t i = 0; i < size; ++i) {
-                const int64_t row = rows[first + i];
-                changed += labels_[row] != nearest[i];
-                labels_[row] = nearest[i];
-                gaps_[row] = gaps[i];
-            }
+        search_.assign(piece, rows, count, nearest, gaps);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = rows[i];
+            changed += labels_[row] != nearest[i];
+            labels_[row] = nearest[i];
+            gaps_[row] = gaps[i];
         }
         return changed;
     }

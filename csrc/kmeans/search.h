@@ -48,7 +48,7 @@ class Search {
         centres_.prepare(pieces_, centroids);
     }
 
-    /// Labels and gaps of rows[0 .. count), a block at most: see BlockAssigner.
+    /// Labels and gaps of rows[0 .. count), ascending: see BlockAssigner.
     void assign(int piece, const int64_t* rows, int64_t count, int64_t* labels, T* gaps) {
         if constexpr (kCertifies<T>)
             if (certify_) {
@@ -56,7 +56,10 @@ class Search {
                 scored_[piece] += certified_[piece].assign(*rows_, *quantised_, x_, rows, count, exact_, labels, gaps);
                 return;
             }
-        assigners_[piece].assign(centres_, x_, rows, count, labels, gaps);
+        for (int64_t first = 0; first < count; first += kBlockRows) {
+            const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
+            assigners_[piece].assign(centres_, x_, rows + first, size, labels + first, gaps + first);
+        }
     }
 
     /// After a pass: goes over to float products where the bounds have left too much undecided to pay.
@@ -82,7 +85,7 @@ class Search {
         scored_ = context.scratch<int64_t>(pieces_);
         searched_ = context.scratch<int64_t>(pieces_);
         certified_ = context.scratch<CertifiedAssigner<T>>(pieces_);
-        for (int piece = 0; piece < pieces_; ++piece) new (certified_ + piece) CertifiedAssigner<T>(d, context);
+        for (int piece = 0; piece < pieces_; ++piece) new (certified_ + piece) CertifiedAssigner<T>(centres_.k, d, context);
     }
 
     const int64_t n_;

@@ -123,15 +123,17 @@ struct Int8Filter {
     }
 
     void multiply(const uint32_t* strip, int64_t count, int64_t first, int64_t columns, int32_t* out) const {
-        for (int64_t c = 0; c < columns; c += kGroup)
+        constexpr int kPanels = 2;
+        constexpr int64_t kTileColumns = kPanels * quantised::kWidth, kLineBytes = quantised::kWidth * 4;
+        for (int64_t c = 0; c < columns; c += kTileColumns)
             for (int64_t r = 0; r < count; r += kTileRows)
-                quantised::multiply(reinterpret_cast<const uint8_t*>(strip + r * words()),
-                                    reinterpret_cast<const uint8_t*>(column(first + c)), kGroup / quantised::kWidth, rows.depth,
-                                    starts + first + c, out + r * columns + c, columns);
+                quantised::multiply_tile<kTileRows, kTileRows, kPanels>(
+                    reinterpret_cast<const uint8_t*>(strip + r * words()), reinterpret_cast<const uint8_t*>(column(first + c)),
+                    kLineBytes, kLineBytes * words(), words(), starts + first + c, out + r * columns + c, columns);
     }
 
    private:
-    static constexpr int64_t kTileRows = quantised::kTileRows;
+    static constexpr int kTileRows = 12;
     static constexpr uint32_t kExcess = 0x80808080U;  // 128 in each byte
 
     uint32_t* column(int64_t position) const {
