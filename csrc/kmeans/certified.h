@@ -65,11 +65,12 @@ struct QuantisedRows {
     }
 };
 
-/// K centroids ready for 8-bit products, and for float products one by one.
+/// Centroids ready for 8-bit products, and for float products one by one: all K, or those of `ids`.
 struct QuantisedCentres {
     static constexpr int kGroup = 8;  // centroids of a tile
 
     int64_t k, d;
+    const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
     const float* shift;
     float* centred;   // (K, padded D) c - shift
     float* squares;   // (K) |c - shift|^2
@@ -90,10 +91,16 @@ struct QuantisedCentres {
 
     int64_t group_bytes() const { return kGroup * 4 * quantised::steps(d); }
     const float* row(int64_t column) const { return centred + column * padded_depth(d); }
+    int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
+
+    void prepare(int pieces, const float* centroids, const int64_t* ids_, int64_t count) {
+        ids = ids_, k = count;
+        prepare(pieces, centroids);
+    }
 
     void prepare(int pieces, const float* centroids) {
         for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
-            for (int64_t column = first; column < last; ++column) centre(centroids + column * d, column);
+            for (int64_t column = first; column < last; ++column) centre(centroids + id(column) * d, column);
         });
         float top = 0, square = 0;
         for (int64_t column = 0; column < k; ++column) {
@@ -142,17 +149,21 @@ class CertifiedAssigner<float> {
         for (int64_t i = 0; i < kBlockRows * padded_depth(d); ++i) centred_[i] = 0;
     }
 
-    /// Labels and gaps, as BlockAssigner's, of rows[0 .. count), ascending; how many float scores it took to be certain of
-    /// them. Without `exact` it takes none: the best 8-bit score decides.
-    int64_t assign(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
-                   int64_t count, bool exact, int64_t* labels, float* gaps) {
+    /// The nearest of `centres` for rows[0 .. count), ascending; how many float scores, of rows of `all`, it took to be certain
+    /// of them. Without `exact` it takes none: the best 8-bit score decides. Scores found here are upper bounds.
+    int64_t assign(const QuantisedRows& data, const QuantisedCentres& centres, const QuantisedCentres& all, const float* x,
+                   const int64_t* rows, int64_t count, bool exact, const Nearest<float>& nearest) {
         int64_t scored = 0;
         for (int64_t first = 0; first < count; first += kBlockRows) {
             const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
             stage(data, rows + first, size);
             prefetch(data, centres, x, rows + first, size, count - first - size);
             keep_highest(centres, size);
-            scored += conclude(data, centres, x, rows + first, size, exact, labels + first, gaps + first);
+            bound(data, centres, rows + first, size);
+            if (nearest.standing)
+                scored += challenge(centres, all, x, rows + first, size, nearest.from(first));
+            else
+                scored += conclude(centres, x, rows + first, size, exact, nearest.from(first));
         }
         return scored;
     }
@@ -288,10 +299,8 @@ class CertifiedAssigner<float> {
             }
     }
 
-    /// Labels and gaps from best_; where the bound leaves more than one centroid, from float scores.
-    int64_t conclude(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
-                     int64_t count, bool exact, int64_t* labels, float* gaps) {
-        float squares[kBlockRows];
+    /// How far each row's scores may be off.
+    void bound(const QuantisedRows& data, const QuantisedCentres& centres, const int64_t* rows, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const quantised::Quantised& how = data.how[rows[i]];
             // Rounding: the tag replaces a score's last bits; the score itself took three roundings, a float score d more.
@@ -301,47 +310,82 @@ class CertifiedAssigner<float> {
                                 rounding * centres.norm * (length + centres.norm);
             units_[i] = how.scale * centres.scale;
             bounds_[i] = 1.00001f * error / units_[i];
-            squares[i] = length * length;
-            nearer_[i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
-            farther_[i] = -2 * units_[i] * (best_[1][i] + bounds_[i]);
-            labels[i] = index_[0][i];
+            squares_[i] = length * length;
         }
-        const int64_t scored = exact ? settle(centres, x, rows, count, labels) : 0;
-        for (int64_t i = 0; i < count; ++i) gaps[i] = distance_gap(nearer_[i], farther_[i], squares[i], centres.d);
+        for (int64_t i = 0; i < kBlockRows; ++i) least_[i] = __builtin_inff();
+        unsettled_ = 0;
+    }
+
+    /// |c|^2 - 2 x.c of what scores at most t, its bound included: at least that.
+    float beyond(int64_t i, float t) const { return -2 * units_[i] * (t + bounds_[i]); }
+
+    /// From best_; where the bound leaves more than one centroid, from float scores.
+    int64_t conclude(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count, bool exact,
+                     const Nearest<float>& nearest) {
+        for (int64_t i = 0; i < count; ++i) {
+            nearest.labels[i] = index_[0][i];
+            nearest.scores[i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
+            farther_[i] = beyond(i, best_[1][i]);
+        }
+        const int64_t scored = exact ? settle(centres, x, rows, count, nearest) : 0;
+        for (int64_t i = 0; i < count; ++i)
+            nearest.gaps[i] = distance_gap(nearest.scores[i], farther_[i], squares_[i], centres.d);
         return scored;
     }
 
     /// Float scores for the rows whose second score lies within twice the bound of the first, or which have no bound.
-    int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count, int64_t* labels) {
+    int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count,
+                   const Nearest<float>& nearest) {
         int64_t scored = 0;
-        bool look_again = false;
-        unsettled_ = 0;
-        for (int64_t i = 0; i < kBlockRows; ++i) least_[i] = __builtin_inff();
         for (int64_t i = 0; i < count; ++i) {
             if (best_[1][i] < best_[0][i] - 2 * bounds_[i]) continue;
-            ++unsettled_;
+            ++unsettled_, ++scored;
             centre(x + rows[i] * centres.d, centres, i);
-            const int64_t first = index_[0][i], other = index_[1][i];
-            const float value = score(centres, i, first), least = value / (-2 * units_[i]) - bounds_[i];
-            ++scored;
-            nearer_[i] = value;
+            const int64_t other = index_[1][i];
+            const float value = score(centres, i, index_[0][i]), least = value / (-2 * units_[i]) - bounds_[i];
+            nearest.scores[i] = value;
             if (best_[1][i] < least) continue;
             if (best_[2][i] < least) {
-                farther_[i] = -2 * units_[i] * (best_[2][i] + bounds_[i]);
-                join(score(centres, i, other), other, i, labels);
+                farther_[i] = beyond(i, best_[2][i]);
+                join(score(centres, i, other), other, i, nearest);
                 ++scored;
             } else {
-                nearer_[i] = __builtin_inff();
-                farther_[i] = -2 * units_[i] * (least + bounds_[i]);  // what is not looked at again scores above this
-                least_[i] = least == least ? least : -__builtin_inff();
-                look_again = true;
+                look_again(i, least);
+                nearest.scores[i] = __builtin_inff();
             }
         }
-        return look_again ? scored + score_possible(centres, labels) : scored;
+        return scored + score_possible(centres, nearest);
+    }
+
+    /// The nearest so far against centroids that have moved.
+    int64_t challenge(const QuantisedCentres& centres, const QuantisedCentres& all, const float* x, const int64_t* rows,
+                      int64_t count, const Nearest<float>& nearest) {
+        int64_t scored = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            farther_[i] = beyond(i, best_[0][i]);
+            if (best_[0][i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]) continue;
+            ++unsettled_, ++scored;
+            centre(x + rows[i] * centres.d, centres, i);
+            nearest.scores[i] = score(all, i, nearest.labels[i]);
+            const float least = nearest.scores[i] / (-2 * units_[i]) - bounds_[i];
+            if (!(best_[0][i] < least)) look_again(i, least);
+        }
+        scored += score_possible(centres, nearest);
+        for (int64_t i = 0; i < count; ++i) {
+            const float gap = distance_gap(nearest.scores[i], farther_[i], squares_[i], centres.d);
+            nearest.gaps[i] = gap < nearest.gaps[i] ? gap : nearest.gaps[i];
+        }
+        return scored;
+    }
+
+    /// Has score_possible score what reaches `least`; nothing else is nearer than that.
+    void look_again(int64_t i, float least) {
+        farther_[i] = beyond(i, least);
+        least_[i] = least == least ? least : -__builtin_inff();
     }
 
     /// Scores the centroids that reach least_, all of a row where that is -inf.
-    int64_t score_possible(const QuantisedCentres& centres, int64_t* labels) {
+    int64_t score_possible(const QuantisedCentres& centres, const Nearest<float>& nearest) {
         int64_t scored = 0;
         for (int64_t lane = 0; lane < kBlockRows; lane += kLanes) {
             const __m512 inverse = _mm512_loadu_ps(inverses_ + lane), least = _mm512_loadu_ps(least_ + lane);
@@ -352,22 +396,20 @@ class CertifiedAssigner<float> {
                 unsigned possible = _mm512_mask_cmp_ps_mask(open, score_of, least, _CMP_NLT_UQ);
                 for (; possible != 0; possible &= possible - 1, ++scored) {
                     const int64_t i = lane + __builtin_ctz(possible);
-                    join(score(centres, i, column), column, i, labels);
+                    join(score(centres, i, column), centres.id(column), i, nearest);
                 }
             }
         }
         return scored;
     }
 
-    /// A float score of lane i joins those it has: the lowest counts, the lower index of equals.
-    void join(float value, int64_t column, int64_t i, int64_t* labels) {
-        if (value < nearer_[i] || (value == nearer_[i] && column < labels[i])) {
-            farther_[i] = nearer_[i] < farther_[i] ? nearer_[i] : farther_[i];
-            nearer_[i] = value;
-            labels[i] = column;
-        } else {
-            farther_[i] = value < farther_[i] ? value : farther_[i];
-        }
+    /// A float score of lane i joins those it has: the lowest counts, the lower label of equals.
+    void join(float value, int64_t label, int64_t i, const Nearest<float>& nearest) {
+        float& score = nearest.scores[i];
+        const bool nearer = value < score || (value == score && label < nearest.labels[i]);
+        const float larger = nearer ? score : value;
+        farther_[i] = larger < farther_[i] ? larger : farther_[i];
+        if (nearer) score = value, nearest.labels[i] = label;
     }
 
     void centre(const float* __restrict x, const QuantisedCentres& centres, int64_t i) {
@@ -399,9 +441,9 @@ class CertifiedAssigner<float> {
     float highest_[3][kBlockRows];  // of a chunk, tagged with the index in it
     float best_[3][kBlockRows];     // of all chunks so far
     int32_t index_[3][kBlockRows];
-    float units_[kBlockRows], bounds_[kBlockRows];     // of the scores; E
-    float nearer_[kBlockRows], farther_[kBlockRows];   // |c|^2 - 2 x.c: at most the nearest one's, at least every other's
-    float least_[kBlockRows];                          // score that makes a centroid possible
+    float units_[kBlockRows], bounds_[kBlockRows], squares_[kBlockRows];  // of the scores; E; |x|^2
+    float farther_[kBlockRows];  // |c|^2 - 2 x.c of every centroid but the nearest, at least
+    float least_[kBlockRows];    // the score that makes a centroid possible
 };
 
 #endif

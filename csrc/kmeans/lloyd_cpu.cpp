@@ -32,6 +32,8 @@ class Solver {
           members_(context.scratch<int64_t>(a.k)),
           shifts_(context.scratch<double>(a.k)),
           losses_(context.scratch<T>(a.k)),
+          moved_(context.scratch<int64_t>(a.k)),
+          scores_(context.scratch<T>(a.n)),
           gaps_(context.scratch<T>(a.n)),
           moments_(context.scratch<double>(a.d)),
           partial_(context.scratch<double>(span_count(a.n))),
@@ -61,6 +63,7 @@ class Solver {
    private:
     int64_t iterate() {
         for (int64_t row = 0; row < a_.n; ++row) labels_[row] = -1;
+        moved_count_ = a_.k;
         bool fresh = false;
         for (int64_t iteration = 1; iteration <= a_.max_iter; ++iteration) {
             const int64_t changed = assign(true);
@@ -82,51 +85,85 @@ class Solver {
     }
 
     /// Labels of every row; how many are not what they were, with the old ones in previous_. Where the gaps are to be trusted,
-    /// a row whose nearest centroid has kept its lead over all others, whatever they moved, is not looked at (Hamerly 2010).
+    /// a row whose nearest centroid has kept its lead over all others, whatever they moved, is not looked at (Hamerly 2010);
+    /// and one whose nearest has not moved is compared only with those that have.
     int64_t assign(bool trust_gaps) {
         search_.set_centroids(centroids_);
+        few_moved_ = trust_gaps && 2 * moved_count_ <= a_.k;
+        if (few_moved_) search_.set_moved(centroids_, moved_, moved_count_);
         for_pieces(pieces_, span_count(a_.n), [&](int piece, int64_t first, int64_t last) {
             for (int64_t span = first; span < last; ++span) changed_[span] = assign_span(piece, span, trust_gaps);
         });
-        search_.adapt();
+        if (search_.adapt())
+            for (int64_t row = 0; row < a_.n; ++row) scores_[row] = unknown();
         int64_t changed = 0;
         for (int64_t span = 0; span < span_count(a_.n); ++span) changed += changed_[span];
         return changed;
     }
 
+    static T unknown() { return static_cast<T>(__builtin_inf()); }
+
     int64_t assign_span(int piece, int64_t span, bool trust_gaps) {
-        int64_t rows[kSpanRows], nearest[kSpanRows], count = 0, changed = 0;
-        T gaps[kSpanRows];
+        int64_t rows[kSpanRows], challenged[kSpanRows], count = 0, challenged_count = 0, changed = 0;
         for (int64_t row = span * kSpanRows; row < span_end(span, a_.n); ++row) {
             previous_[row] = static_cast<int32_t>(labels_[row]);
             if (fixed_ != nullptr && fixed_[row] >= 0) {
                 changed += labels_[row] != fixed_[row];
                 labels_[row] = fixed_[row];
-            } else if (labels_[row] < 0 || !trust_gaps || !still_leads(row)) {
+            } else if (labels_[row] < 0 || !trust_gaps) {
                 rows[count++] = row;
+            } else {
+                const bool rests = shifts_[labels_[row]] == 0;
+                if (!rests) scores_[row] = unknown();
+                if (still_leads(row)) continue;
+                if (few_moved_ && rests && scores_[row] < unknown())
+                    challenged[challenged_count++] = row;
+                else
+                    rows[count++] = row;
             }
         }
-        search_.assign(piece, rows, count, nearest, gaps);
+        changed += search_rows(piece, rows, count, false);
+        return changed + search_rows(piece, challenged, challenged_count, true);
+    }
+
+    int64_t search_rows(int piece, const int64_t* rows, int64_t count, bool standing) {
+        int64_t labels[kSpanRows], changed = 0;
+        T scores[kSpanRows], gaps[kSpanRows];
+        if (count == 0) return 0;
+        for (int64_t i = 0; i < count; ++i) {
+            labels[i] = labels_[rows[i]];
+            scores[i] = scores_[rows[i]];
+            gaps[i] = gaps_[rows[i]];
+        }
+        const Nearest<T> nearest{labels, scores, gaps, standing};
+        if (standing)
+            search_.assign_moved(piece, rows, count, nearest);
+        else
+            search_.assign(piece, rows, count, nearest);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = rows[i];
-            changed += labels_[row] != nearest[i];
-            labels_[row] = nearest[i];
+            changed += labels_[row] != labels[i];
+            labels_[row] = labels[i];
+            scores_[row] = scores[i];
             gaps_[row] = gaps[i];
         }
         return changed;
     }
 
     bool still_leads(int64_t row) {
-        gaps_[row] = gaps_[row] * T(1 - 4e-7) - losses_[labels_[row]];
-        return gaps_[row] > 0;
+        const T left = gaps_[row] * T(1 - 4e-7) - losses_[labels_[row]];
+        if (left > 0) gaps_[row] = left;
+        return left > 0;
     }
 
     /// How far the centroids moved, squared; with it, what each cluster's rows lose of their gaps.
     double total_shift() {
         double shift = 0, farthest = 0, second = 0;
         int64_t mover = 0;
+        moved_count_ = 0;
         for (int64_t k = 0; k < a_.k; ++k) {
             shift += shifts_[k];
+            if (shifts_[k] > 0) moved_[moved_count_++] = k;
             if (shifts_[k] > farthest)
                 second = farthest, farthest = shifts_[k], mover = k;
             else if (shifts_[k] > second)
@@ -272,6 +309,8 @@ class Solver {
     int64_t* members_;       // (K) rows of positive weight
     double* shifts_;         // (K)
     T* losses_;              // (K) what a row's gap loses by the centroids' last move
+    int64_t* moved_;         // (moved_count_) the centroids that the last update moved
+    T* scores_;              // (N) Nearest's, of a centroid that stands where it stood; else unknown()
     T* gaps_;                // (N) how much farther than its own centroid every other is, at least
     double* moments_;        // (D)
     double* partial_;        // (spans)
@@ -286,6 +325,8 @@ class Solver {
     T* centroids_ = nullptr;
     int64_t* labels_ = nullptr;
     double limit_ = 0;
+    int64_t moved_count_ = 0;
+    bool few_moved_ = false;
 };
 
 }  // namespace

@@ -109,20 +109,45 @@ inline T distance_gap(T best, T second, T square, int64_t d) {
                           (1 + 4 * kEpsilon) * __builtin_sqrt(nearer + error));
 }
 
-/// K centroids ready for products.
+/// What is known of some rows, and found out: the nearest centroid, its score |c|^2 - 2 x.c, and a lower bound of how much
+/// farther every other centroid is, not above zero where rounding may decide.
+template <class T>
+struct Nearest {
+    int64_t* labels;
+    T* scores;
+    T* gaps;
+    bool standing;  // what they hold stands unless one of the centroids searched is nearer
+
+    Nearest from(int64_t first) const { return {labels + first, scores + first, gaps + first, standing}; }
+};
+
+/// Centroids ready for products: all K, or those of `ids`.
 template <class T>
 struct Centres {
     int64_t k, d;
     const T* shift;  // (D)
+    const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
     T* panels;       // packed columns of c - shift
     T* norms;        // |c - shift|^2, infinite in the last panel's empty columns
+    T* chosen;       // (k, D) the centroids of ids
 
     Centres(int64_t k_, int64_t d_, const T* shift_, const Context& context)
         : k(k_),
           d(d_),
           shift(shift_),
           panels(context.scratch<T>(products::packed_columns_size<T>(k_, d_))),
-          norms(context.scratch<T>(products::panel_count<T>(k_) * products::kWidth<T>)) {}
+          norms(context.scratch<T>(products::panel_count<T>(k_) * products::kWidth<T>)),
+          chosen(context.scratch<T>(k_ * d_)) {}
+
+    int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
+
+    /// Of the centroids (.., D) those at ids_[0 .. count) alone.
+    void prepare(int pieces, const T* centroids, const int64_t* ids_, int64_t count) {
+        ids = ids_, k = count;
+        for (int64_t column = 0; column < k; ++column)
+            for (int64_t j = 0; j < d; ++j) chosen[column * d + j] = centroids[ids[column] * d + j];
+        prepare(pieces, chosen);
+    }
 
     void prepare(int pieces, const T* centroids) {
         constexpr int64_t kWidth = products::kWidth<T>;
@@ -148,9 +173,8 @@ class BlockAssigner {
           products_(context.scratch<T>(kBlockRows * kGroupWidth<T>)),
           best_(context.scratch<Best>(kBlockRows)) {}
 
-    /// The nearest centroids of rows[0 .. count) of x, count <= kBlockRows: the lowest of equals. gaps[i] is a lower bound of
-    /// how much farther every other centroid is, not above zero where rounding may decide.
-    void assign(const Centres<T>& centres, const T* x, const int64_t* rows, int64_t count, int64_t* labels, T* gaps) {
+    /// The nearest centroids of rows[0 .. count) of x, count <= kBlockRows: the lowest of equals.
+    void assign(const Centres<T>& centres, const T* x, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
         pack(centres, x, rows, count);
         for (int64_t i = 0; i < count; ++i) {
             const Value infinite = Value{} + static_cast<T>(__builtin_inf());
@@ -163,7 +187,7 @@ class BlockAssigner {
                                products_, kGroupWidth<T>);
             for (int64_t i = 0; i < count; ++i) keep_best(centres.norms + first, i, first, width);
         }
-        for (int64_t i = 0; i < count; ++i) labels[i] = lowest_of_best(centres.d, i, count, gaps + i);
+        for (int64_t i = 0; i < count; ++i) conclude(centres, i, count, nearest.from(i));
     }
 
    private:
@@ -205,7 +229,7 @@ class BlockAssigner {
         best_[i] = best;
     }
 
-    int64_t lowest_of_best(int64_t d, int64_t i, int64_t count, T* gap) const {
+    void conclude(const Centres<T>& centres, int64_t i, int64_t count, const Nearest<T>& nearest) const {
         const Best& best = best_[i];
         int winner = 0;
         for (int lane = 1; lane < kLanes; ++lane) {
@@ -215,9 +239,26 @@ class BlockAssigner {
         T second = best.second[winner];
         for (int lane = 0; lane < kLanes; ++lane)
             if (lane != winner && best.score[lane] < second) second = best.score[lane];
-        *gap = distance_gap<T>(best.score[winner], second, squared_norm(d, i, count), d);
-        return best.column[winner] + winner;
+        join(centres.id(best.column[winner] + winner), best.score[winner], second, squared_norm(centres.d, i, count), centres.d,
+             nearest);
     }
+
+    /// The nearest of the centroids searched, and the second of them, against what stands.
+    static void join(int64_t label, T score, T second, T square, int64_t d, const Nearest<T>& nearest) {
+        if (!nearest.standing) {
+            *nearest.gaps = distance_gap<T>(score, second, square, d);
+        } else if (score < *nearest.scores || (score == *nearest.scores && label < *nearest.labels)) {
+            const T farther = second < *nearest.scores ? second : *nearest.scores;
+            *nearest.gaps = lesser(*nearest.gaps, distance_gap<T>(score, farther, square, d));
+        } else {
+            *nearest.gaps = lesser(*nearest.gaps, distance_gap<T>(*nearest.scores, score, square, d));
+            return;
+        }
+        *nearest.scores = score;
+        *nearest.labels = label;
+    }
+
+    static T lesser(T a, T b) { return b < a ? b : a; }
 
     T squared_norm(int64_t d, int64_t i, int64_t count) const {
         constexpr int64_t kChunk = products::kChunk<T>;

@@ -17,6 +17,7 @@ class Search {
           sums_(context.scratch<double>(d)),
           mean_(context.scratch<T>(d)),
           centres_(k, d, mean_, context),
+          moved_(k, d, mean_, context),
           assigners_(make_assigners<T>(pieces, d, context)) {
         // Quantising a row costs as much as its float products with some dozens of centroids.
         constexpr int64_t kWorthQuantising = 64;
@@ -48,40 +49,69 @@ class Search {
         centres_.prepare(pieces_, centroids);
     }
 
-    /// Labels and gaps of rows[0 .. count), ascending: see BlockAssigner.
-    void assign(int piece, const int64_t* rows, int64_t count, int64_t* labels, T* gaps) {
+    /// After set_centroids: those that assign_moved is to search, ascending.
+    void set_moved(const T* centroids, const int64_t* ids, int64_t count) {
         if constexpr (kCertifies<T>)
-            if (certify_) {
-                searched_[piece] += count;
-                scored_[piece] += certified_[piece].assign(*rows_, *quantised_, x_, rows, count, exact_, labels, gaps);
-                return;
-            }
-        for (int64_t first = 0; first < count; first += kBlockRows) {
-            const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
-            assigners_[piece].assign(centres_, x_, rows + first, size, labels + first, gaps + first);
-        }
+            if (certify_) return moved_quantised_->prepare(pieces_, centroids, ids, count);
+        moved_.prepare(pieces_, centroids, ids, count);
     }
 
-    /// After a pass: goes over to float products where the bounds have left too much undecided to pay.
-    void adapt() {
+    /// The nearest centroids of rows[0 .. count), ascending.
+    void assign(int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+        if constexpr (kCertifies<T>)
+            if (certify_) {
+                searched_[piece] += count * columns(centres_.k);
+                scored_[piece] += certified_[piece].assign(*rows_, *quantised_, *quantised_, x_, rows, count, exact_, nearest);
+                return;
+            }
+        assign(centres_, piece, rows, count, nearest);
+    }
+
+    /// The same for rows whose nearest centroid of the last pass stands where it stood: only one that has moved can be nearer.
+    void assign_moved(int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+        if constexpr (kCertifies<T>)
+            if (certify_) {
+                searched_[piece] += count * columns(moved_quantised_->k);
+                scored_[piece] +=
+                    certified_[piece].assign(*rows_, *moved_quantised_, *quantised_, x_, rows, count, exact_, nearest);
+                return;
+            }
+        assign(moved_, piece, rows, count, nearest);
+    }
+
+    /// After a pass: goes over to float products where the bounds have left too much undecided to pay; true then, and the
+    /// scores found so far are no longer such as the next pass's.
+    bool adapt() {
         if constexpr (kCertifies<T>) {
-            if (!certify_) return;
+            if (!certify_) return false;
             double scored = 0, searched = 0;
             for (int piece = 0; piece < pieces_; ++piece) {
                 scored += static_cast<double>(scored_[piece]);
                 searched += static_cast<double>(searched_[piece]);
             }
             const auto d = static_cast<double>(centres_.d);
-            const auto columns = static_cast<double>(products::panel_count<T>(centres_.k) * products::kWidth<T>);
-            certify_ = scored * (d + 256) / 8 < searched * columns * d / 32 * 0.75;  // cycles, roughly
+            certify_ = scored * (d + 256) / 8 <= searched * d / 32 * 0.75;  // cycles, roughly
+            return !certify_;
         }
+        return false;
     }
 
    private:
+    /// What float products would take for k centroids.
+    static int64_t columns(int64_t k) { return products::panel_count<T>(k) * products::kWidth<T>; }
+
+    void assign(const Centres<T>& centres, int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+        for (int64_t first = 0; first < count; first += kBlockRows) {
+            const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
+            assigners_[piece].assign(centres, x_, rows + first, size, nearest.from(first));
+        }
+    }
+
     void allocate_certified(const Context& context) {
         const int64_t d = centres_.d;
         rows_ = new (context.scratch<QuantisedRows>(1)) QuantisedRows(n_, d, pieces_, context);
         quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(centres_.k, d, mean_, context);
+        moved_quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(centres_.k, d, mean_, context);
         scored_ = context.scratch<int64_t>(pieces_);
         searched_ = context.scratch<int64_t>(pieces_);
         certified_ = context.scratch<CertifiedAssigner<T>>(pieces_);
@@ -93,16 +123,16 @@ class Search {
     const int pieces_;
     double* sums_;  // (D)
     T* mean_;       // (D)
-    Centres<T> centres_;
+    Centres<T> centres_, moved_;
     BlockAssigner<T>* assigners_;
     const T* x_ = nullptr;
 
     bool can_certify_ = false, certify_ = false;
     QuantisedRows* rows_ = nullptr;
-    QuantisedCentres* quantised_ = nullptr;
+    QuantisedCentres *quantised_ = nullptr, *moved_quantised_ = nullptr;
     CertifiedAssigner<T>* certified_ = nullptr;
     int64_t* scored_ = nullptr;    // float scores of this pass, per piece
-    int64_t* searched_ = nullptr;  // rows of this pass, per piece
+    int64_t* searched_ = nullptr;  // pairs of this pass, as float products would take them, per piece
 };
 
 }  // namespace fastclust::kmeans::FASTCLUST_CAPABILITY
