@@ -72,11 +72,11 @@ struct QuantisedCentres {
     int64_t k, d;
     const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
     const float* shift;
-    float* centred;   // (K, padded D) c - shift
-    float* squares;   // (K) |c - shift|^2
-    float* halves;    // (K) h
-    float* tops;      // (K) the largest coordinate's magnitude, later |c - c~|
-    uint8_t* groups;  // quantised.h, unsigned, in groups of kGroup
+    float* centred;                           // (K, padded D) c - shift
+    float* squares;                           // (K) |c - shift|^2
+    float* halves;                            // (K) h
+    float* tops;                              // (K) the largest coordinate's magnitude, later |c - c~|
+    uint8_t* groups;                          // quantised.h, unsigned, in groups of kGroup
     float scale = 1, norm = 0, residual = 0;  // of all: scale, max |c|, max |c - c~|
 
     QuantisedCentres(int64_t k_, int64_t d_, const float* shift_, const Context& context)
@@ -197,8 +197,8 @@ class CertifiedAssigner<float> {
     }
 
     /// What is read after the products: the codes of the next rows and, where many needed them last time, the rows themselves.
-    void prefetch(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count,
-                  int64_t following) const {
+    void prefetch(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
+                  int64_t count, int64_t following) const {
         const int64_t next = following < kBlockRows ? following : kBlockRows;
         const uint8_t* panel = nullptr;
         for (int64_t i = count; i < count + next; ++i) {
@@ -268,8 +268,8 @@ class CertifiedAssigner<float> {
             const __m512 score = scores(products + i * kBlockRows, halves[i], inverse);
             const __m512i own = _mm512_set1_epi32(index + static_cast<int32_t>(i));
             constexpr int kSelect = 0xCA;  // of three bits a, b, c: a ? b : c
-            const __m512 tagged = _mm512_castsi512_ps(
-                _mm512_ternarylogic_epi32(index_bits, own, _mm512_castps_si512(score), kSelect));
+            const __m512 tagged =
+                _mm512_castsi512_ps(_mm512_ternarylogic_epi32(index_bits, own, _mm512_castps_si512(score), kSelect));
             const __m512 lower = _mm512_min_ps(tagged, highest);
             highest = _mm512_max_ps(tagged, highest);
             third = _mm512_max_ps(third, _mm512_min_ps(lower, second));
@@ -306,8 +306,8 @@ class CertifiedAssigner<float> {
             // Rounding: the tag replaces a score's last bits; the score itself took three roundings, a float score d more.
             const float rounding = 1.0f / (1 << (23 - kIndexBits)) + 1.2e-7f * static_cast<float>(2 * centres.d + 64);
             const float length = how.norm + how.residual;
-            const float error = how.residual * centres.norm + how.norm * centres.residual +
-                                rounding * centres.norm * (length + centres.norm);
+            const float error =
+                how.residual * centres.norm + how.norm * centres.residual + rounding * centres.norm * (length + centres.norm);
             units_[i] = how.scale * centres.scale;
             bounds_[i] = 1.00001f * error / units_[i];
             squares_[i] = length * length;
@@ -432,9 +432,9 @@ class CertifiedAssigner<float> {
         return centres.squares[column] - 2 * _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
     }
 
-    int32_t* staged_;    // (steps, kStagedLanes) the block's codes
-    int32_t* products_;  // (K + 1, kBlockRows)
-    float* centred_;     // (kBlockRows, padded D) the rows that float scores are taken of
+    int32_t* staged_;        // (steps, kStagedLanes) the block's codes
+    int32_t* products_;      // (K + 1, kBlockRows)
+    float* centred_;         // (kBlockRows, padded D) the rows that float scores are taken of
     int64_t unsettled_ = 0;  // of the last block
     int32_t starts_[kBlockRows] = {};
     float inverses_[kBlockRows] = {};

@@ -125,11 +125,11 @@ struct Nearest {
 template <class T>
 struct Centres {
     int64_t k, d;
-    const T* shift;  // (D)
+    const T* shift;                // (D)
     const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
-    T* panels;       // packed columns of c - shift
-    T* norms;        // |c - shift|^2, infinite in the last panel's empty columns
-    T* chosen;       // (k, D) the centroids of ids
+    T* panels;                     // packed columns of c - shift
+    T* norms;                      // |c - shift|^2, infinite in the last panel's empty columns
+    T* chosen;                     // (k, D) the centroids of ids
 
     Centres(int64_t k_, int64_t d_, const T* shift_, const Context& context)
         : k(k_),

@@ -103,14 +103,17 @@ class Finder {
     static const Score* guessed_slacks(const Filter& filter, const Context& context) {
         constexpr float kShare = 0.53F;
         auto* slacks = context.scratch<Score>(filter.padded());
-        for (int64_t i = 0; i < filter.padded(); ++i) slacks[i] = static_cast<Score>(static_cast<float>(filter.drop[i]) * kShare);
+        for (int64_t i = 0; i < filter.padded(); ++i)
+            slacks[i] = static_cast<Score>(static_cast<float>(filter.drop[i]) * kShare);
         return slacks;
     }
 
-    /// The rank among `size` columns of the floor that they suggest: three deviations below where the k-th best of all should be.
+    /// The rank among `size` columns of the floor that they suggest: three deviations below where the k-th best of all should
+    /// be.
     int64_t sample_rank(int64_t size) const {
         if (!guessing_) return search_.k;
-        const double share = static_cast<double>(size) / static_cast<double>(search_.n), mean = static_cast<double>(search_.k) * share;
+        const double share = static_cast<double>(size) / static_cast<double>(search_.n),
+                     mean = static_cast<double>(search_.k) * share;
         const auto rank = static_cast<int64_t>(mean + 3 * std::sqrt(mean * (1 - (share < 1 ? share : 1))) + 2);
         return rank < search_.k ? rank : search_.k;
     }
@@ -187,7 +190,8 @@ class Finder {
                         scan_rows(worker, positions_ + row, last - row < kStrip ? last - row : kStrip, block_begin(b),
                                   block_end(b), b == 0);
                     if (!guess_again(b + 1)) continue;
-                    for (int64_t row = group; row < last && row < group + rows; ++row) refine_floor(worker, positions_[row], b + 1);
+                    for (int64_t row = group; row < last && row < group + rows; ++row)
+                        refine_floor(worker, positions_[row], b + 1);
                 }
         });
     }
@@ -281,7 +285,8 @@ class Finder {
         found_.of(row)[found_.counts[row]++] = {upper, column};
     }
 
-    /// Raises the row's floor to what `rank` of its candidates surely (while guessing: most likely) reach, and drops the others.
+    /// Raises the row's floor to what `rank` of its candidates surely (while guessing: most likely) reach, and drops the
+    /// others.
     void raise_to_rank(Worker& worker, int64_t row, int64_t rank) {
         const Candidate<Score>* candidates = found_.of(row);
         const int32_t count = found_.counts[row];
@@ -363,7 +368,8 @@ class Finder {
     void sort_by_pivot() {
         constexpr int64_t kPivots = 4 * kGroup, kCachedBytes = 1 << 20;
         const int64_t count = search_.m;
-        if (columns_.rows.count < kPivots || columns_.rows.count * search_.d * static_cast<int64_t>(sizeof(T)) < kCachedBytes) return;
+        if (columns_.rows.count < kPivots || columns_.rows.count * search_.d * static_cast<int64_t>(sizeof(T)) < kCachedBytes)
+            return;
         const Buffer<int32_t> pivots(count), sorted(count);
         parallel_for(0, (count + kStrip - 1) / kStrip, 16, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
