@@ -169,6 +169,7 @@ def test_a_folder_without_truth_from_one_command_to_new_predictions(tiny: Config
     report = (run.path / "report.html").read_text()
     assert "Predicted classes" in report
     assert "Confusion" not in report
+    assert "more/11.png" in report
     assert predict.main([str(run.path), str(new)]) == 0
     assert f"{new / 'x.png'},{'abc'[data.y_test[1]]}," in capsys.readouterr().out
 

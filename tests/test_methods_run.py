@@ -158,6 +158,24 @@ def test_a_users_error_is_one_line_and_exit_code_2(monkeypatch, capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seed", "one"], "--seed"),
+        (["--colour", "red"], "Unrecognized options: --colour, red"),
+        (["--seed"], "Missing value for argument '--seed'"),
+        (["--splits", "0"], "--splits 0 must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_one_line_too(arguments, words, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["paper", *arguments])
+    assert launch("paper", PRESETS, lambda *_: None) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("paper: ")
+    assert said.count("\n") == 1
+    assert words in said
+
+
 def test_progress_off_a_terminal_is_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(total=4, done=2) as progress:
         for epoch in (2, 3):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -77,13 +79,20 @@ def parse(presets: Mapping[str, ConfigT], argv: list[str], method: str, about: s
 
     preset = presets[name]
     description = f"{about}\n\nPresets: {', '.join(presets)}. Go on with a run cut short: --resume FOLDER."
-    config = tyro.cli(
-        type(preset),
-        default=preset,
-        args=argv,
-        prog=f"python -m methods.{method}",
-        description=description,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(
+                type(preset),
+                default=preset,
+                args=argv,
+                prog=f"python -m methods.{method}",
+                description=description,
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise UserError(_first_words(said.getvalue())) from None
     return config, None
 
 
@@ -128,6 +137,13 @@ def load_config(folder: Path, config_type: type[ConfigT], method: str) -> Config
         return config_type(**stored["settings"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} was written by another version: {error}") from None
+
+
+def _first_words(box: str) -> str:
+    """What stands in the frame that tyro draws around an error, up to its first rule, as one line."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((index for index, line in enumerate(lines) if line.startswith(("─", "╰"))), len(lines))
+    return " ".join(lines[:end])
 
 
 def _option(argv: list[str], name: str) -> str | None:

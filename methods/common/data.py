@@ -57,7 +57,8 @@ class ImageData:
             return HeldOut("test images", self.x_test, self.y_test, self._class_known(self.y_test))
         rest = given < 0
         truth = self.y_train[rest]
-        return HeldOut("unlabelled images", self.x_train[rest], truth, self._class_known(truth))
+        files = tuple(self.files[index] for index in torch.nonzero(rest).flatten().tolist()) if self.files else ()
+        return HeldOut("unlabelled images", self.x_train[rest], truth, self._class_known(truth), files)
 
     @staticmethod
     def _class_known(truth: Tensor) -> bool:
@@ -122,12 +123,14 @@ class HeldOut:
         images: uint8 (N, C, H, W).
         truth: int64 (N,), -1 where unknown.
         known: whether all of the truth is known.
+        files: names of the images where they are files, else empty.
     """
 
     what: str
     images: Tensor
     truth: Tensor
     known: bool
+    files: tuple[str, ...] = ()
 
 
 def assemble(

@@ -24,7 +24,8 @@ p { margin: .3em 0; color: #555; } img { max-width: 100%; }
 dl { display: flex; flex-wrap: wrap; gap: .5em 2.5em; } dt { color: #777; font-size: .85em; }
 dd { margin: 0; font-size: 1.4em; }
 .gallery { display: flex; flex-wrap: wrap; gap: 6px; } figure { margin: 0; width: 78px; text-align: center; }
-figure img { width: 72px; image-rendering: pixelated; } figcaption { font-size: .72em; color: #555; line-height: 1.2; }
+figure img { width: 72px; image-rendering: pixelated; } figcaption { font-size: .72em; color: #555; line-height: 1.2;
+  white-space: pre-line; overflow-wrap: anywhere; }
 """
 
 
@@ -67,8 +68,9 @@ def classification_sections(
 
     def caption_of(i: int) -> str:
         caption = f"{names[predicted[i]]} {100 * confidence[i]:.0f} %"
-        mistaken = held_out.known and truth[i] != predicted[i]
-        return f"{caption}, is {names[truth[i]]}" if mistaken else caption
+        if held_out.known and truth[i] != predicted[i]:
+            caption += f", is {names[truth[i]]}"
+        return f"{caption}\n{held_out.files[i]}" if held_out.files else caption
 
     def shown(indices: Tensor) -> str:
         return gallery(held_out.images[indices], [caption_of(i) for i in indices.tolist()])
