@@ -1,6 +1,6 @@
-"""ClusterNet's training step with the fused pairwise loss and with eager PyTorch, and without it: what it has of a step.
+"""What the pairwise loss has of ClusterNet's training step: fused, eager, and the step without it.
 
-`pytest benches/bench_clusternet.py` measures the batch of the digits' preset; `--full` adds 1024 images and the faces'
+`pytest benches/bench_clusternet.py` measures the batch of the usps preset; `--full` adds 1024 images and the faces'
 41 and 68 clusters. Eager broadcasts to (B, B, K), as papers' code usually does, or multiplies to (B, B) matrices.
 """
 
