@@ -91,7 +91,7 @@ def train(config: Config, resume: Path | None = None) -> Run:
                     if config.baseline == "none":
                         metrics["loss_clusters"] = learner.cluster_pass(clusters, f"epoch {epoch + 1}, clusters")
                     metrics["loss_classes"] = learner.class_pass(classes, f"epoch {epoch + 1}, classes")
-                if (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs:
+                if config.test_every and (epoch + 1) % config.test_every == 0:
                     metrics |= learner.test_error()
                 metrics["seconds"] = time.perf_counter() - started
                 run.save(metrics, epoch=epoch + 1, **learner.state())

@@ -64,7 +64,7 @@ class Config(RunConfig):
     init_epochs: int = 10
     """Passes over the labelled images before the first epoch."""
     test_every: int = 1
-    """Epochs between two looks at the test images; no decision depends on them, and the last epoch always has one."""
+    """Epochs between two looks at the test images, on which no decision depends; 0 looks at the end of the run only."""
 
     # Augmentation.
     pad: int = 4
@@ -182,11 +182,11 @@ def check(config: Config, n_images: int, n_labelled: int) -> None:
         raise UserError(f"--alpha {config.alpha} must lie between 0 and 1")
     if config.anneal_end < config.epochs:
         raise UserError(f"--anneal-end {config.anneal_end} must not come before the last of {config.epochs} epochs")
-    above_zero = ("epochs", "test_every", "lr", "kmeans_iter", "neighbours", "diffusion_iter")
+    above_zero = ("epochs", "lr", "kmeans_iter", "neighbours", "diffusion_iter")
     for name in (*above_zero, "batch_labelled", "batch_unlabelled"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
     not_negative = ("clusters", "init_epochs", "pad", "rotate", "scale", "shift", "weight_decay", "rand_augment")
-    for name in (*not_negative, "consistency", "consistency_ramp"):
+    for name in (*not_negative, "test_every", "consistency", "consistency_ramp"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")

@@ -60,7 +60,7 @@ def classification_sections(
     Args:
         held_out: on the CPU.
         probability: (N, C) of those images.
-        features: (N, D) of those images; None where the page shows them in another way.
+        features: (M, D) of the M images `embedded(N)`; None where the page shows them in another way.
     """
     what, truth, names = held_out.what, held_out.truth, [name[:12] for name in class_names]
     confidence, predicted = probability.max(dim=1)
@@ -80,10 +80,10 @@ def classification_sections(
         Section(f"Most certain {what}", "Predicted class and confidence.", shown(order[:_SHOWN])),
     ]
     if features is not None:
-        some = embedded(len(features))
+        some = embedded(len(truth))
         classes, coloured_by = (truth, "true") if held_out.known else (predicted, "predicted")
         caption = f"{len(some)} {what} by t-SNE of the network's features, coloured by {coloured_by} class."
-        sections.insert(0, Section("Features", caption, embedding({"": features[some]}, classes[some], names)))
+        sections.insert(0, Section("Features", caption, embedding({"": features}, classes[some], names)))
     if not held_out.known:
         counts = Section("Predicted classes", f"How many of the {what} got each class.", bars(predicted, names))
         return [counts, *sections]

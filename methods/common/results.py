@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.common.data import ImageData
-from methods.common.report import Section, classification_sections, curves, page
+from methods.common.report import Section, classification_sections, curves, embedded, page
 from methods.common.run import Run
 from methods.common.training import error_rate
 
@@ -33,13 +33,12 @@ def write_results(
         panels: the report's curves, title -> metric -> the name shown.
     """
     train, test = probabilities(data.x_train).cpu(), probabilities(data.x_test).cpu()
-    data_there, given_there = data, given
-    data, given = data.to(torch.device("cpu")), given.cpu()
+    device, data, given = given.device, data.to(torch.device("cpu")), given.cpu()
     run.write_predictions(data, given, train, test)
 
     held_out = data.held_out(given)
     judged = test if len(test) else train[given < 0]
-    seen_as = features(data_there.held_out(given_there).images).cpu()
+    some = features(held_out.images[embedded(len(judged))].to(device)).cpu()
     n_labelled = int((given >= 0).sum())
     seconds = sum(metrics["seconds"] for metrics in run.history)
     figures, facts, outcome = (
@@ -61,7 +60,7 @@ def write_results(
     title = f"{what} on {data.name}, {n_labelled} labels"
     sections = [
         Section("Training", "What each epoch left; errors in per cent.", curves(run.history, panels)),
-        *classification_sections(held_out, data.class_names, judged, seen_as),
+        *classification_sections(held_out, data.class_names, judged, some),
     ]
     run.write_text("report.html", page(title, facts, sections))
     run.finish(figures)  # last: a run with result.json is over

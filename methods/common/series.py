@@ -68,9 +68,9 @@ def _members(config: RunConfig) -> Iterator[Member]:
     if config.splits < 1:
         raise UserError(f"--splits {config.splits} must be above 0")
     name, _, values = config.vary.partition("=")
-    for text in values.split(",") if config.vary else [""]:
-        changed = {name: _parsed(config, name, text)} if config.vary else {}
-        for seed in range(config.seed, config.seed + config.splits):
+    changes = {text: {name: _parsed(config, name, text)} for text in values.split(",")} if config.vary else {"": {}}
+    for seed in range(config.seed, config.seed + config.splits):  # all values of a seed first: they are to be compared
+        for text, changed in changes.items():
             yield text, seed, replace(config, splits=1, vary="", seed=seed, **changed)
 
 
