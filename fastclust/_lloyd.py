@@ -120,12 +120,14 @@ class Lloyd:
         largest = torch.zeros(self._rows.n_features, dtype=torch.float64, device=self._rows.device)
         bad = [self._total, 0]  # the first row that is not fit, and how many
         for begin, x in self._rows.blocks():
-            unfit = ~torch.isfinite(x).all(dim=1)
-            if self._options.spherical:
-                unfit |= ~x.any(dim=1)
-            if count := int(unfit.sum()):
-                bad = [min(bad[0], self._first + begin + int(unfit.nonzero()[0])), bad[1] + count]
-            largest = torch.maximum(largest, x.abs().amax(dim=0).double().nan_to_num(0, 0))
+            extent = torch.maximum(x.amax(dim=0), -x.amin(dim=0))
+            if self._options.spherical or not torch.isfinite(extent).all():
+                unfit = ~torch.isfinite(x).all(dim=1)
+                if self._options.spherical:
+                    unfit |= ~x.any(dim=1)
+                if count := int(unfit.sum()):
+                    bad = [min(bad[0], self._first + begin + int(unfit.nonzero()[0])), bad[1] + count]
+            largest = torch.maximum(largest, extent.double().nan_to_num(0, 0))
             self._tell(len(x))
         self._refuse(bad)
         if self._options.spherical:
@@ -242,9 +244,9 @@ class Lloyd:
 
     def _weighted(self, x: Tensor, rows: Tensor) -> Tensor:
         """(n, D + 1) float64: weight times row, and the weight."""
-        weight = x.new_ones(len(x)) if self._weight is None else self._weight[rows]
-        weight = weight.double()[:, None]
-        return torch.cat([weight * x, weight], dim=1)
+        values = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float64, device=x.device)
+        values[:, :-1] = x
+        return values if self._weight is None else values.mul_(self._weight[rows].double()[:, None])
 
     def _update(self, centroids: Tensor, sums: Tensor) -> Tensor:
         total, mass = sums[:, :-1], sums[:, -1]
@@ -272,12 +274,13 @@ class Lloyd:
 
     def _inertia(self) -> float:
         """Σ w · squared distance, in float64: blocks in order, then all of them by an exact sum."""
-        squared = self._distances.double()
-        if self._weight is not None:
-            squared = squared * self._weight.double()
-        blocks = [part.sum() for part in torch.split(squared, self._rows.block_rows)]
-        sums = torch.stack(blocks) if blocks else squared.new_zeros(0)
-        inertia = math.fsum(self._group.gather(sums).tolist())
+        sums = []
+        for begin in range(0, self._rows.n_rows, self._rows.block_rows):
+            block = slice(begin, begin + self._rows.block_rows)
+            squared = self._distances[block].double()
+            sums.append((squared if self._weight is None else squared * self._weight[block].double()).sum())
+        blocks = torch.stack(sums) if sums else self._distances.new_zeros(0, dtype=torch.float64)
+        inertia = math.fsum(self._group.gather(blocks).tolist())
         if not math.isfinite(inertia):
             raise ValueError(f"kmeans: x is too large, squared distances overflow {self._distances.dtype}")
         return inertia

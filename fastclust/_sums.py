@@ -27,27 +27,29 @@ class ExactSums:
     """
 
     def __init__(self, bound: Tensor, n_rows: int, dtype: torch.dtype):
-        bits = min(_BITS, 62 - math.ceil(math.log2(n_rows + 1)))
+        self._bits = min(_BITS, 62 - math.ceil(math.log2(n_rows + 1)))
+        self._limbs = 2 if dtype == torch.float64 else 1
         exponent = torch.frexp(bound).exponent.clamp(min=-900)
-        one = torch.ones_like(bound)
-        limbs = 2 if dtype == torch.float64 else 1
-        self._quanta = [torch.ldexp(one, exponent - bits * (limb + 1)) for limb in range(limbs)]
+        self._scale = torch.ldexp(torch.ones_like(bound), self._bits - exponent)  # a power of two: multiplies exactly
 
     def zeros(self, n_groups: int) -> Tensor:
         """(L, K, C) int64: the sums of K groups without a row."""
-        quantum = self._quanta[0]
-        return torch.zeros(len(self._quanta), n_groups, len(quantum), dtype=torch.int64, device=quantum.device)
+        size = (self._limbs, n_groups, len(self._scale))
+        return torch.zeros(size, dtype=torch.int64, device=self._scale.device)
 
     def add(self, sums: Tensor, values: Tensor, groups: Tensor, sign: int = 1) -> None:
         """Adds the rows of values (n, C) float64 to their groups (n,), or takes them away; n ≤ ROWS_AT_ONCE."""
         index = groups[:, None].expand_as(values)
-        for limb, quantum in zip(sums, self._quanta, strict=True):
-            whole = torch.round(values / quantum)
-            values = values - whole * quantum
+        values = values * self._scale
+        for i, limb in enumerate(sums):
+            whole = values.round()
             part = torch.zeros(limb.shape, dtype=torch.float64, device=limb.device).scatter_add_(0, index, whole)
             limb.add_(part.long(), alpha=sign)
+            if i + 1 < self._limbs:
+                values = (values - whole) * 2.0**self._bits
 
     def value(self, sums: Tensor) -> Tensor:
         """(K, C) float64."""
-        total: Tensor = sum(limb.double() * quantum for limb, quantum in zip(sums, self._quanta, strict=True))
-        return total
+        return (
+            torch.stack([limb.double() * 2.0 ** (-self._bits * i) for i, limb in enumerate(sums)]).sum(0) / self._scale
+        )
