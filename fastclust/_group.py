@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -136,6 +137,11 @@ class Group:
                 f"{self.op}: {what} failed on rank {self.rank} of {self.size}: another process has ended or has not "
                 f"answered for {self._timeout.total_seconds():g} s ({str(error).splitlines()[0]})"
             ) from error
+
+
+def checksum(*settings: object) -> int:
+    """A number that tells settings apart, for `Group.agree`."""
+    return zlib.crc32(repr(settings).encode())
 
 
 def sizes_between(starts: Sequence[int]) -> list[int]:

@@ -25,7 +25,7 @@ class Nearest:
     def __init__(self, queries: Tensor, k: int, metric: str, exact: bool, first: int | None = None):
         self._queries, self._k, self._metric, self._exact = queries, k, metric, exact
         self._first = first
-        none = queries.new_empty(len(queries), 0)
+        none = queries.new_empty(len(queries), 0 if len(queries) else k)
         self.result = KNNResult(none, none.long())
 
     def see(self, begin: int, chunk: Tensor) -> None:

@@ -61,6 +61,9 @@ CASES = {
     "knn_graph": lambda x, p: distributed.knn_graph(x[p], 9)[:3],
     "knn_graph, euclidean, max": lambda x, p: distributed.knn_graph(x[p], 9, metric="euclidean", symmetrize="max")[:3],
     "knn_graph, none": lambda x, p: distributed.knn_graph(x[p], 9, symmetrize="none")[:3],
+    "kmeans, all in one shard": lambda x, p: kmeans(x[:200], p, seed=1),
+    "knn, all in one shard": lambda x, p: distributed.knn(x[:200][p], 9),
+    "diffuse, all in one shard": lambda x, p: distributed.diffuse(distributed.knn_graph(x[:200][p], 9), x[:200][p]),
     "diffuse": lambda x, p: distributed.diffuse(
         distributed.knn_graph(x[p], 9), x[p, :4], max_iter=50, block_rows=BLOCK
     ),
@@ -85,6 +88,8 @@ def refusals(x: torch.Tensor, part: slice, rank: int) -> dict[str, str]:
         "knn not finite": lambda: distributed.knn(bad, 3),
         "features": lambda: distributed.knn(x[part, : 6 - rank], 3),
         "settings": lambda: distributed.kmeans(x[part], 3 + rank),
+        "tolerances": lambda: distributed.kmeans(x[part], 3, tol=0.1 * rank),
+        "starts": lambda: distributed.kmeans(x[part], 3, init=x[rank : rank + 3]),
         "type": lambda: distributed.kmeans(x[part].int() if rank else x[part], 3),
     }
     told = {}
@@ -220,6 +225,8 @@ def test_all_are_told_where_one_is_wrong(run):
     for told in (first, second):
         assert told["not finite"] == f"ValueError: kmeans: x holds 1 rows that are not finite, first at {begin + 5}"
         assert told["features"] == "ValueError: knn: features differs between processes: 6, 5"
+        assert told["tolerances"].startswith("ValueError: kmeans: options differs between processes")
+        assert told["starts"].startswith("ValueError: kmeans: init differs between processes")
         assert told["settings"] == "ValueError: kmeans: n_clusters differs between processes: 3, 4"
     assert first["knn not finite"] == "ValueError: knn: rank 1 has refused its arguments"
     assert (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
 from .._blocks import ArrayRows
-from .._group import Group
+from .._checkpoint import fingerprint
+from .._group import Group, checksum
 from .._kmeans import KMeansResult
 from .._lloyd import Lloyd, Options, checked_start, checked_weight
 from .sharding import BLOCK_ROWS
@@ -73,9 +76,8 @@ def kmeans(
         features=rows.n_features,
         bits=rows.dtype.itemsize * 8,
         n_clusters=n_clusters,
-        max_iter=max_iter,
-        block_rows=block_rows,
-        seed=seed,
+        init=0 if isinstance(init, str) else fingerprint(init),
+        options=checksum(options if isinstance(init, str) else replace(options, init="random")),
         weighted=weight is not None,
     )
     if n_clusters > starts[-1]:

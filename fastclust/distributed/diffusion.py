@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _graph, ops
 from .._diffusion import DiffusionResult
-from .._group import Group, sizes_between
+from .._group import Group, checksum, sizes_between
 from .neighbours import ShardedGraph
 from .sharding import BLOCK_ROWS
 
@@ -55,7 +55,7 @@ def diffuse(
             raise ValueError(f"diffuse: alpha must lie in [0, 1), tol and max_iter not be negative, got {alpha}, {tol}")
         if not torch.isfinite(y).all():
             raise ValueError("diffuse: y holds values that are not finite")
-    everyone.agree(columns=y.shape[1], bits=y.dtype.itemsize * 8, max_iter=max_iter)
+    everyone.agree(columns=y.shape[1], bits=y.dtype.itemsize * 8, options=checksum(alpha, tol, max_iter, block_rows))
     return _solve(_System(graph, alpha, y, everyone), _Dots(everyone, block_rows), y, tol, max_iter)
 
 

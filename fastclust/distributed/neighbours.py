@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _graph, ops
 from .._graph import KNNResult
-from .._group import Group, sizes_between
+from .._group import Group, checksum, sizes_between
 from .._nearest import Nearest
 
 
@@ -74,7 +74,7 @@ def _search(
             first = int((~torch.isfinite(x).all(dim=1)).nonzero()[0])
             raise ValueError(f"{everyone.op}: x holds rows that are not finite, on this process the first at {first}")
     starts = everyone.starts(len(x))
-    everyone.agree(features=x.shape[1], bits=x.dtype.itemsize * 8, k=k, metric=_graph.METRICS.index(metric))
+    everyone.agree(features=x.shape[1], bits=x.dtype.itemsize * 8, k=k, options=checksum(metric, precision, chunk_rows))
     total, own = starts[-1], starts[everyone.rank]
     if k >= total:
         raise ValueError(f"{everyone.op}: k must be below the {total} rows of all processes, got {k}")
@@ -120,6 +120,7 @@ def knn_graph(
         _graph.one_of("knn_graph", "symmetrize", symmetrize, _graph.SYMMETRIZATIONS)
         if not 0 < power < float("inf"):
             raise ValueError(f"knn_graph: power must be positive and finite, got {power}")
+    everyone.agree(graph=checksum(power, symmetrize))
     (values, indices), starts = _search(everyone, x, k, metric, precision, chunk_rows)
     if metric == "euclidean":
         sigma = everyone.gather(values[:, -1].contiguous(), sizes_between(starts))
