@@ -384,9 +384,16 @@ def test_a_fresh_split_holds_out_a_tenth_of_each_class(small: Config) -> None:
 def test_digits_are_learnt_from_fifty_labels(tmp_path: Path, no_report) -> None:
     """A short run on 500 real digits gets well beyond the nearest centre of the autoencoder's features."""
     config = dataclasses.replace(
-        PRESETS["digits"], subset=500, runs=str(tmp_path / "runs"), pretrain_epochs=8, epochs=5
+        PRESETS["digits"],
+        subset=500,
+        runs=str(tmp_path / "runs"),
+        pretrain_epochs=8,
+        pretrain_lr=1e-3,
+        epochs=8,
+        lr=5e-4,
     )
-    config = dataclasses.replace(config, lambda_start=3, lambda_end=5, batch=32)
+    config = dataclasses.replace(config, lambda_start=4, lambda_end=7, batch=32, batch_labelled=30)
+    config = dataclasses.replace(config, reconstruction_weight=0.05, drop_features=False)
     run = train(config)
     start, last = load_checkpoint(run.path)["state"]["start_figures"], run.history[-1]
     assert last["test_acc"] > max(start["start_test_acc"] + 8, 68)
