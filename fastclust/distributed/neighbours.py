@@ -128,15 +128,10 @@ def knn_graph(
     weights = (values.clamp(min=0) ** power).flatten()
     kept = weights > 0
     own, n_rows = starts[everyone.rank], len(values)
-    row = torch.arange(own, own + n_rows, device=values.device).repeat_interleave(k)[kept]
-    edges = torch.stack([row, indices.flatten()[kept]])
-    col, weights = edges[1], weights[kept]
-    if symmetrize != "none":
-        theirs, mirrored = _mirror(everyone, edges, weights, starts)
-        edges, weights = _merge(edges, weights, theirs, mirrored, starts[-1], symmetrize)
-    else:
-        edges, weights = _merge(edges, weights, edges[:, :0], weights[:0], starts[-1], "sum")
-    row, col = edges
+    row = torch.arange(own, own + n_rows, device=values.device).repeat_interleave(k)
+    edges, weights = torch.stack([row, indices.flatten()])[:, kept], weights[kept]
+    mirror = (edges[:, :0], weights[:0]) if symmetrize == "none" else _mirror(everyone, edges, weights, starts)
+    (row, col), weights = _merge(edges, weights, *mirror, starts[-1], symmetrize)
     crow = torch.zeros(n_rows + 1, dtype=torch.int64, device=values.device)
     torch.cumsum(torch.bincount(row - own, minlength=n_rows), 0, out=crow[1:])
     return ShardedGraph(crow, col, weights, tuple(starts))
