@@ -3,7 +3,7 @@
 Shukla, Cheema and Anand, "Semi-Supervised Clustering with Neural Networks". Numbers of equations are the paper's.
 
     python -m methods.clusternet                            digits, 50 labels: no download, no GPU, about a minute
-    python -m methods.clusternet --data usps --seed 1       2 % of each class labelled, the second labelled split
+    python -m methods.clusternet --data usps --seed 1       2 % of each class labelled, the second of five choices
     python -m methods.clusternet --data npz:FILE --percent 5
 
 The autoencoder is trained once for an image set and its settings, and kept for all labelled splits and runs.
@@ -156,6 +156,7 @@ PRESETS = {
     "paper": PAPER,
 }
 PRESETS["mnist"] = replace(PRESETS["usps"], preset="mnist", data="mnist", percent=0.5, holdout=0.0)
+PRESETS["folder"] = replace(PRESETS["digits"], preset="folder", data="folder:.", labels=0, threads=0, strides=(2, 2, 2))
 
 _IN_A_ROW = 12  # images of the report's width
 
