@@ -37,11 +37,9 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
         "-> (Tensor grad_x, Tensor grad_centroids)");
 
     // Contrastive symmetric KL over all pairs of rows: log_p (B, K) T, labels (B) int64 with -1 for rows in no pair
-    // -> means (2) T over the similar and over the dissimilar pairs, counts (2) int64 of those pairs. detach_target holds the
-    // first argument of each KL fixed; it changes the gradient alone
-    m.def("pairwise_kl(Tensor log_p, Tensor labels, float margin, bool detach_target) -> (Tensor means, Tensor counts)");
-    // grad_means (2) T -> (B, K) T
+    // -> loss () T and, with_grad, its gradient (B, K) T, else (0, K): both want the same pairs. detach_target holds the first
+    // argument of each KL fixed in the gradient
     m.def(
-        "pairwise_kl_backward(Tensor grad_means, Tensor log_p, Tensor labels, Tensor counts, float margin, "
-        "bool detach_target) -> Tensor");
+        "pairwise_kl(Tensor log_p, Tensor labels, float margin, bool detach_target, bool with_grad) "
+        "-> (Tensor loss, Tensor grad)");
 }

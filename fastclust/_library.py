@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-SCHEMA = 1  # the op schemas' number: a new one with every change to csrc/library.cpp
+SCHEMA = 2  # the op schemas' number: a new one with every change to csrc/library.cpp
 
 BUILD_HINT = "run `pip install .` (or `pip install -e .`) in fastclust's source folder"
 

@@ -197,32 +197,26 @@ torch.library.register_autograd("fastclust::soft_assign", _soft_assign_backward,
 # ---------------------------------------------------------------------------------------------------------- pairwise KL
 
 
-def pairwise_kl(log_p: Tensor, labels: Tensor, margin: float, detach_target: bool) -> tuple[Tensor, Tensor]:
-    """Means of the loss over similar and over dissimilar pairs, (2,), and how many pairs those are, (2,)."""
-    result: tuple[Tensor, Tensor] = _call(_ops.pairwise_kl, log_p, labels, margin, detach_target)
-    return result
+def pairwise_kl(log_p: Tensor, labels: Tensor, margin: float, detach_target: bool) -> Tensor:
+    """The loss over all pairs, a scalar; its gradient is computed along with it where log_p asks for one."""
+    with_grad = torch.is_grad_enabled() and log_p.requires_grad
+    loss: Tensor = _call(_ops.pairwise_kl, log_p, labels, margin, detach_target, with_grad)[0]
+    return loss
 
 
 @torch.library.register_fake("fastclust::pairwise_kl")
-def _(log_p, labels, margin, detach_target):  # type: ignore[no-untyped-def]
-    return log_p.new_empty((2,)), labels.new_empty((2,))
-
-
-@torch.library.register_fake("fastclust::pairwise_kl_backward")
-def _(grad_means, log_p, labels, counts, margin, detach_target):  # type: ignore[no-untyped-def]
-    return log_p.new_empty(log_p.shape)
+def _(log_p, labels, margin, detach_target, with_grad):  # type: ignore[no-untyped-def]
+    return log_p.new_empty(()), log_p.new_empty((log_p.shape[0] if with_grad else 0, log_p.shape[1]))
 
 
 def _pairwise_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    log_p, labels, ctx.margin, ctx.detach_target = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(log_p, labels, output[1])
+    ctx.save_for_backward(output[1])
 
 
-def _pairwise_kl_backward(ctx: Any, grad_means: Tensor, grad_counts: Tensor | None) -> tuple[Tensor, None, None, None]:
-    log_p, labels, counts = ctx.saved_tensors
-    grad = _ops.pairwise_kl_backward(grad_means, log_p, labels, counts, ctx.margin, ctx.detach_target)
-    return grad, None, None, None
+def _pairwise_kl_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+    (grad,) = ctx.saved_tensors
+    return grad_loss * grad, None, None, None, None
 
 
 torch.library.register_autograd("fastclust::pairwise_kl", _pairwise_kl_backward, setup_context=_pairwise_kl_setup)

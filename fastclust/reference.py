@@ -153,8 +153,8 @@ def soft_assign(x: Tensor, centroids: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- pairwise KL
 
 
-def pairwise_kl(log_p: Tensor, labels: Tensor, margin: float, detach_target: bool) -> tuple[Tensor, Tensor]:
-    """Means over similar and dissimilar ordered pairs, by broadcasting to (B, B, K)."""
+def pairwise_kl(log_p: Tensor, labels: Tensor, margin: float, detach_target: bool) -> Tensor:
+    """The mean over similar plus the mean over dissimilar ordered pairs, by broadcasting to (B, B, K)."""
     target = log_p.detach() if detach_target else log_p
     p = target.exp()
     terms = torch.where(p[:, None] > 0, p[:, None] * (target[:, None] - log_p[None]), 0.0)
@@ -163,5 +163,4 @@ def pairwise_kl(log_p: Tensor, labels: Tensor, margin: float, detach_target: boo
     same = labels[:, None] == labels
     similar, dissimilar = kl[pairs & same], (margin - kl[pairs & ~same]).clamp(min=0)
     zero = log_p.new_zeros(())
-    means = [2 * values.mean() if values.numel() else zero for values in (similar, dissimilar)]
-    return torch.stack(means), torch.tensor([similar.numel(), dissimilar.numel()], device=labels.device)
+    return sum((2 * values.mean() for values in (similar, dissimilar) if values.numel()), zero)

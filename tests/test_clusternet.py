@@ -139,7 +139,7 @@ def test_a_step_is_equation_3(small: Config, settings: dict, weight: float) -> N
     expected = config.reconstruction_weight * recon
     for points, clusters, share in ((z[:9], learner.given[part], 1.0), (z[9:], nearest, weight)):
         log_p = reference.soft_assign(points, centres)
-        pair = reference.pairwise_kl(log_p, clusters, config.margin, True)[0].sum()
+        pair = reference.pairwise_kl(log_p, clusters, config.margin, True)
         spread = (points - centres[clusters]).square().sum(1).mean()
         expected = expected + share * (pair + config.cluster_weight * spread)
     terms = learner.step(part, rest, learner.given, weight)

@@ -39,17 +39,19 @@ struct Entry {
 
 template <class T>
 struct Sorted {
-    int64_t b;         // rows in some pair
-    int64_t blocks;    // of kBlock rows
-    int64_t k, width;  // K, and K rounded up to whole vectors
-    int64_t padded;    // blocks * kBlock
-    Entry* entry;      // (B) label and row, ascending
-    T* p;              // (padded, width) zeros beyond B and K
-    T* log_p;          // (padded, width) zeros beyond B and K
-    T* transposed;     // (blocks, K, kBlock) log_p: a block of it lies together, not a page apart from column to column
-    T* entropy;        // (padded) sum_k p log p; beyond B so large that no pair counts
-    T* limit;          // (padded) the margin; beyond B so small that no pair counts
-    int32_t* group;    // (padded) equal where labels are equal
+    int64_t b;                 // rows in some pair
+    int64_t blocks;            // of kBlock rows
+    int64_t k, width;          // K, and K rounded up to whole vectors
+    int64_t padded;            // blocks * kBlock
+    Entry* entry;              // (B) label and row, ascending
+    T* p;                      // (padded, width) zeros beyond B and K
+    T* log_p;                  // (padded, width) zeros beyond B and K
+    T* transposed;             // (blocks, K, kBlock) log_p: a block of it lies together, not a page apart from column to column
+    T *block_p, *block_log_p;  // (blocks, width) sums of a block's rows
+    T* entropy;                // (padded) sum_k p log p; beyond B so large that no pair counts
+    T* limit;                  // (padded) the margin; beyond B so small that no pair counts
+    bool* has_zero;            // (blocks) whether some probability in it is 0
+    int32_t* group;            // (padded) equal where labels are equal
     int64_t groups;
     int64_t* first;  // (groups + 1) first row of each group
 };
@@ -63,12 +65,16 @@ T* transposed_row(const Sorted<T>& s, int64_t i) {
 template <class T>
 void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
     const T* from = batch.log_p + s.entry[i].row * s.k;
+    T *block_p = s.block_p + i / kBlock * s.width, *block_log_p = s.block_log_p + i / kBlock * s.width;
     T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, *transposed = transposed_row(s, i), sum = 0;
     for (int64_t c = 0; c < s.k; ++c) {
         log_p[c] = from[c] > kLogZero<T> ? from[c] : kLogZero<T>;
         p[c] = std::exp(log_p[c]);
         sum += p[c] * log_p[c];
         transposed[c * kBlock] = log_p[c];
+        block_p[c] += p[c];
+        block_log_p[c] += log_p[c];
+        if (log_p[c] == kLogZero<T>) s.has_zero[i / kBlock] = true;
     }
     for (int64_t c = s.k; c < s.width; ++c) p[c] = log_p[c] = 0;
     s.entropy[i] = sum;
@@ -100,6 +106,9 @@ Sorted<T> sort_by_label(const Batch<T>& batch, const Context& context) {
     s.transposed = context.scratch<T>(s.padded * s.k);
     s.entropy = context.scratch<T>(s.padded);
     s.limit = context.scratch<T>(s.padded);
+    s.block_p = context.scratch<T>(s.blocks * s.width);
+    s.block_log_p = context.scratch<T>(s.blocks * s.width);
+    s.has_zero = context.scratch<bool>(s.blocks);
     s.group = context.scratch<int32_t>(s.padded);
     s.first = context.scratch<int64_t>(s.b + 1);
     for (int64_t i = 0; i < s.b; ++i) {
@@ -107,8 +116,12 @@ Sorted<T> sort_by_label(const Batch<T>& batch, const Context& context) {
         s.group[i] = static_cast<int32_t>(s.groups - 1);
     }
     s.first[s.groups] = s.b;
-    parallel_for(0, s.b, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) fill_row(batch, s, i);
+    parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            s.has_zero[block] = false;
+            for (int64_t c = 0; c < s.width; ++c) s.block_p[block * s.width + c] = s.block_log_p[block * s.width + c] = 0;
+            for (int64_t i = block * kBlock; i < (block + 1) * kBlock && i < s.b; ++i) fill_row(batch, s, i);
+        }
     });
     for (int64_t i = s.b; i < s.padded; ++i) fill_padding(s, i);
     return s;

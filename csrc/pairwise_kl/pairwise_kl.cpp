@@ -19,49 +19,28 @@ void require_sound(const Findings& findings) {
             labels.count == 1 ? " value below -1, at " : " values below -1, first at ", labels.first);
 }
 
-std::tuple<Tensor, Tensor> pairwise_kl(const Tensor& log_p_in, const Tensor& labels_in, double margin, bool) {
+std::tuple<Tensor, Tensor> pairwise_kl(const Tensor& log_p_in, const Tensor& labels_in, double margin, bool detach_target,
+                                       bool with_grad) {
     const Tensor log_p = float_argument("pairwise_kl", "log_p", log_p_in, 2);
     const Tensor labels = int64_argument("pairwise_kl", "labels", labels_in, 1, log_p);
     const int64_t b = log_p.size(0), k = log_p.size(1);
     require(labels.size(0) == b, "pairwise_kl: labels must be (", b, ",), got ", shape_of(labels));
     require(margin >= 0 && std::isfinite(margin), "pairwise_kl: margin must be finite and not negative, got ", margin);
-    const Tensor means = empty_on(log_p, {2}, log_p.scalar_type());
-    const Tensor counts = empty_on(log_p, {2}, ScalarType::Long);
+    const Tensor loss = empty_on(log_p, {}, log_p.scalar_type());
+    const Tensor grad = empty_on(log_p, {with_grad ? b : 0, k}, log_p.scalar_type());
     const OpScope scope(log_p);
     dispatch_float(log_p, [&](auto zero) {
         using T = decltype(zero);
         const auto& kernels = kernels_for("pairwise_kl", log_p, cpu_kernels<T>(), cuda_kernels<T>());
         const Batch<T> batch{b, k, read<T>(log_p), read<int64_t>(labels), static_cast<T>(margin)};
         require_sound(kernels.inspect(batch, scope.context()));
-        kernels.forward({batch, write<T>(means), write<int64_t>(counts)}, scope.context());
+        kernels.loss({batch, detach_target, write<T>(loss), with_grad ? write<T>(grad) : nullptr}, scope.context());
     });
-    return {means, counts};
-}
-
-Tensor pairwise_kl_backward(const Tensor& grad_means_in, const Tensor& log_p_in, const Tensor& labels_in,
-                            const Tensor& counts_in, double margin, bool detach_target) {
-    const Tensor log_p = float_argument("pairwise_kl", "log_p", log_p_in, 2);
-    const Tensor labels = int64_argument("pairwise_kl", "labels", labels_in, 1, log_p);
-    const Tensor grad_means = float_argument("pairwise_kl", "grad_means", grad_means_in, 1, log_p);
-    const Tensor counts = int64_argument("pairwise_kl", "counts", counts_in, 1, log_p);
-    const int64_t b = log_p.size(0), k = log_p.size(1);
-    require(labels.size(0) == b, "pairwise_kl: labels must be (", b, ",), got ", shape_of(labels));
-    require(grad_means.size(0) == 2 && counts.size(0) == 2, "pairwise_kl: grad_means and counts must be (2,)");
-    const Tensor grad_log_p = empty_on(log_p, {b, k}, log_p.scalar_type());
-    const OpScope scope(log_p);
-    dispatch_float(log_p, [&](auto zero) {
-        using T = decltype(zero);
-        const auto& kernels = kernels_for("pairwise_kl", log_p, cpu_kernels<T>(), cuda_kernels<T>());
-        const Batch<T> batch{b, k, read<T>(log_p), read<int64_t>(labels), static_cast<T>(margin)};
-        kernels.backward({batch, read<T>(grad_means), read<int64_t>(counts), detach_target, write<T>(grad_log_p)},
-                         scope.context());
-    });
-    return grad_log_p;
+    return {loss, grad};
 }
 
 }  // namespace
 
-FASTCLUST_IMPLEMENT(m.impl("pairwise_kl", TORCH_BOX(&pairwise_kl));
-                    m.impl("pairwise_kl_backward", TORCH_BOX(&pairwise_kl_backward));)
+FASTCLUST_IMPLEMENT(m.impl("pairwise_kl", TORCH_BOX(&pairwise_kl));)
 
 }  // namespace fastclust::pairwise_kl

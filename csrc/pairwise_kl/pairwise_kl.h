@@ -8,7 +8,8 @@
 //
 // Similar pairs need no pair at all: with the mean p', l' of p and log p over a group of n equal labels,
 //   sum over i < j of KL_ij + KL_ji = n sum_i sum_k (p_ik - p'_k) (log p_ik - l'_k).
-// With G_ij = d loss / d KL_ij, the gradient is two products with G, and only the second where the first argument is fixed:
+// With G_ij = d loss / d KL_ij, which is one number for all similar pairs and another for all dissimilar ones within the
+// margin, the gradient is two products with G, and only the second where the first argument is fixed:
 //   grad_ik = p_ik ((log p_ik + 1) sum_j G_ij - sum_j G_ij log p_jk) - sum_j G_ji p_jk.
 #pragma once
 
@@ -30,19 +31,11 @@ struct Batch {
 };
 
 template <class T>
-struct Forward {
+struct Loss {
     Batch<T> batch;
-    T* means;         // (2) out
-    int64_t* counts;  // (2) out: ordered pairs, similar and dissimilar
-};
-
-template <class T>
-struct Backward {
-    Batch<T> batch;
-    const T* grad_means;    // (2)
-    const int64_t* counts;  // (2)
-    bool detach_target;     // hold the first argument of each KL fixed
-    T* grad_log_p;          // (B, K) out
+    bool detach_target;  // hold the first argument of each KL fixed in the gradient
+    T* loss;             // (1) out: the sum of both means
+    T* grad_log_p;       // (B, K) out: its gradient; null: not wanted
 };
 
 /// What is wrong with a batch: rows of log_p that hold NaN or +inf, and labels below -1.
@@ -54,8 +47,7 @@ template <class T>
 struct Kernels {
     /// Waits for the device.
     Findings (*inspect)(const Batch<T>&, const Context&);
-    void (*forward)(const Forward<T>&, const Context&);
-    void (*backward)(const Backward<T>&, const Context&);
+    void (*loss)(const Loss<T>&, const Context&);
 };
 
 FASTCLUST_DECLARE_KERNELS

@@ -68,6 +68,12 @@ void for_column_chunks(const Sorted<T>& s, const Body& body) {
     });
 }
 
+double added_up(const double* partial, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += partial[i];
+    return sum;
+}
+
 template <class T>
 double similar_pairs(const Sorted<T>& s, const Context& context) {
     const int64_t chunks = (s.k + GroupColumns::kColumns - 1) / GroupColumns::kColumns;
@@ -77,9 +83,7 @@ double similar_pairs(const Sorted<T>& s, const Context& context) {
         for (int64_t group = 0; group < s.groups; ++group)
             partial[chunk] += GroupColumns(s, group, column, columns).pairs(s, group, column, columns);
     });
-    double sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk];
-    return sum;
+    return added_up(partial, chunks);
 }
 
 template <class T>
@@ -94,51 +98,58 @@ double dissimilar_pairs(const Sorted<T>& s, const Context& context) {
                 if (!same_group(s, i, j)) partial[i] += hinge_tile(s, i, j, tile, counts);
         }
     });
-    double sum = 0;
-    for (int64_t i = 0; i < s.blocks; ++i) sum += partial[i];
-    return sum;
+    return added_up(partial, s.blocks);
 }
 
-template <class T>
-void forward(const Forward<T>& a, const Context& context) {
-    const Sorted<T> s = sort_by_label(a.batch, context);
-    int64_t similar = 0;
-    for (int64_t g = 0; g < s.groups; ++g) similar += (s.first[g + 1] - s.first[g]) * (s.first[g + 1] - s.first[g] - 1);
-    const int64_t dissimilar = s.b * (s.b - 1) - similar;
-    // Each unordered pair is two of the ordered ones, and each ordered pair's mean holds both directions.
-    a.means[0] = similar > 0 ? static_cast<T>(2 * similar_pairs(s, context) / static_cast<double>(similar)) : T(0);
-    a.means[1] = dissimilar > 0 ? static_cast<T>(2 * dissimilar_pairs(s, context) / static_cast<double>(dissimilar)) : T(0);
-    a.counts[0] = similar;
-    a.counts[1] = dissimilar;
-}
-
-/// What the tiles add up: with M_ij = [KL_ij < m and labels differ],
+/// What the tiles add up, with M_ij = [KL_ij < m and labels differ]. A row's sum is that of its own and its block's.
 template <class T>
 struct TileSums {
-    T* count;         // (padded) sum_j M_ij
-    T* log_p;         // (padded, width) sum_j M_ij log p_jk
-    T* transposed_p;  // (padded, width) sum_j M_ji p_jk
+    double* loss;                  // (blocks) sum over the rows of a block of [m - KL_ij]+
+    T* count;                      // (padded) sum_j M_ij
+    T *log_p, *log_p_all;          // (padded, width), (blocks, width) sum_j M_ij log p_jk
+    T *to_others, *to_others_all;  // (padded, width), (blocks, width) sum_j M_ji p_jk
+
+    TileSums(const Sorted<T>& s, const Context& context)
+        : loss(zeros<double>(s.blocks, context)),
+          count(zeros<T>(s.padded, context)),
+          log_p(zeros<T>(s.padded * s.width, context)),
+          log_p_all(zeros<T>(s.blocks * s.width, context)),
+          to_others(zeros<T>(s.padded * s.width, context)),
+          to_others_all(zeros<T>(s.blocks * s.width, context)) {}
+
+    template <class U>
+    static U* zeros(int64_t count, const Context& context) {
+        U* values = context.scratch<U>(count);
+        for (int64_t i = 0; i < count; ++i) values[i] = 0;
+        return values;
+    }
 };
 
 /// Round r takes tile (i, i + r mod blocks) of every i: no two tiles of a round add to the same sum, and each sum gets its
 /// terms in the order of the rounds.
 template <class T>
 TileSums<T> sum_tiles(const Sorted<T>& s, bool detach_target, const Context& context) {
-    const TileSums<T> sums{context.scratch<T>(s.padded), context.scratch<T>(s.padded * s.width),
-                           context.scratch<T>(s.padded * s.width)};
-    for (int64_t i = 0; i < s.padded; ++i) sums.count[i] = 0;
-    for (int64_t i = 0; i < s.padded * s.width; ++i) sums.log_p[i] = sums.transposed_p[i] = 0;
+    const TileSums<T> sums(s, context);
+    const auto left = [&](int64_t block) {
+        const int64_t at = block * kBlock * s.width;
+        return Side<T>{s.p + at, s.block_p + block * s.width, detach_target ? nullptr : sums.log_p + at,
+                       sums.log_p_all + block * s.width};
+    };
+    const auto right = [&](int64_t block) {
+        const int64_t at = block * kBlock * s.width;
+        return Side<T>{s.log_p + at, s.block_log_p + block * s.width, sums.to_others + at,
+                       sums.to_others_all + block * s.width};
+    };
     for (int64_t round = 0; round < s.blocks; ++round) {
         parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
             alignas(64) T tile[kBlock * kBlock];
             int32_t counts[kBlock];
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t j = (i + round) % s.blocks, at_i = i * kBlock * s.width, at_j = j * kBlock * s.width;
+                const int64_t j = (i + round) % s.blocks;
                 if (same_group(s, i, j)) continue;
-                hinge_tile(s, i, j, tile, counts);
+                sums.loss[i] += hinge_tile(s, i, j, tile, counts);
                 for (int r = 0; r < kBlock; ++r) sums.count[i * kBlock + r] += static_cast<T>(counts[r]);
-                add_tile_products(tile, counts, s.p + at_i, s.log_p + at_j, s.width,
-                                  detach_target ? nullptr : sums.log_p + at_i, sums.transposed_p + at_j);
+                add_tile_products(tile, counts, s.has_zero[i] || s.has_zero[j], s.width, left(i), right(j));
             }
         });
     }
@@ -148,16 +159,17 @@ TileSums<T> sum_tiles(const Sorted<T>& s, bool detach_target, const Context& con
 /// Gradient of a row of the dissimilar mean, `weight` being d loss / d KL of a pair that counts.
 template <class T>
 void dissimilar_gradient(const Sorted<T>& s, const TileSums<T>& sums, T weight, bool detach_target, int64_t i, T* grad) {
-    const int64_t at = i * s.width;
+    const int64_t at = i * s.width, all = i / kBlock * s.width;
     for (int64_t c = 0; c < s.k; ++c) {
-        const T p = s.p[at + c], own = p * ((s.log_p[at + c] + 1) * sums.count[i] - sums.log_p[at + c]);
-        grad[c] = weight * ((detach_target ? T(0) : own) - sums.transposed_p[at + c]);
+        const T log_p = sums.log_p[at + c] + sums.log_p_all[all + c];
+        const T own = s.p[at + c] * ((s.log_p[at + c] + 1) * sums.count[i] - log_p);
+        grad[c] = weight * ((detach_target ? T(0) : own) - (sums.to_others[at + c] + sums.to_others_all[all + c]));
     }
 }
 
-/// Adds the gradient of the similar mean in some columns of a group's rows.
+/// Adds the gradient of the similar mean in some columns of a group's rows, `weight` being d loss / d KL of a pair.
 template <class T>
-void add_similar_gradient(const Backward<T>& a, const Sorted<T>& s, double weight, int64_t group, int64_t column, int columns) {
+void add_similar_gradient(const Loss<T>& a, const Sorted<T>& s, double weight, int64_t group, int64_t column, int columns) {
     const GroupColumns mean(s, group, column, columns);
     const auto n = static_cast<double>(s.first[group + 1] - s.first[group]);
     for (int64_t i = s.first[group]; i < s.first[group + 1]; ++i) {
@@ -171,28 +183,42 @@ void add_similar_gradient(const Backward<T>& a, const Sorted<T>& s, double weigh
     }
 }
 
+/// The dissimilar pairs' sum of [m - KL]+; with it, their part of the gradient.
 template <class T>
-void backward(const Backward<T>& a, const Context& context) {
-    const Sorted<T> s = sort_by_label(a.batch, context);
-    for (int64_t i = 0; i < a.batch.b * a.batch.k; ++i) a.grad_log_p[i] = 0;
-    if (a.counts[1] > 0) {
-        const TileSums<T> sums = sum_tiles(s, a.detach_target, context);
-        const T weight = -2 * a.grad_means[1] / static_cast<T>(a.counts[1]);
-        parallel_for(0, s.b, 64, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i)
-                dissimilar_gradient(s, sums, weight, a.detach_target, i, a.grad_log_p + s.entry[i].row * s.k);
-        });
-    }
-    if (a.counts[0] > 0) {
-        const double weight = 2 * static_cast<double>(a.grad_means[0]) / static_cast<double>(a.counts[0]);
-        for_column_chunks(s, [&](int64_t, int64_t column, int columns) {
-            for (int64_t group = 0; group < s.groups; ++group) add_similar_gradient(a, s, weight, group, column, columns);
-        });
-    }
+double pull_apart(const Loss<T>& a, const Sorted<T>& s, double pairs, const Context& context) {
+    const TileSums<T> sums = sum_tiles(s, a.detach_target, context);
+    const auto weight = static_cast<T>(-2 / pairs);
+    parallel_for(0, s.b, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            dissimilar_gradient(s, sums, weight, a.detach_target, i, a.grad_log_p + s.entry[i].row * s.k);
+    });
+    return added_up(sums.loss, s.blocks);
 }
 
 template <class T>
-constexpr Kernels<T> kTable{inspect<T>, forward<T>, backward<T>};
+void loss(const Loss<T>& a, const Context& context) {
+    const Sorted<T> s = sort_by_label(a.batch, context);
+    const bool with_grad = a.grad_log_p != nullptr;
+    double similar = 0, total = 0;  // ordered pairs, each of which counts both directions
+    for (int64_t g = 0; g < s.groups; ++g)
+        similar += static_cast<double>(s.first[g + 1] - s.first[g]) * static_cast<double>(s.first[g + 1] - s.first[g] - 1);
+    const double dissimilar = static_cast<double>(s.b) * static_cast<double>(s.b - 1) - similar;
+    for (int64_t i = 0; with_grad && i < a.batch.b * a.batch.k; ++i) a.grad_log_p[i] = 0;
+    if (dissimilar > 0)
+        total += 2 * (with_grad ? pull_apart(a, s, dissimilar, context) : dissimilar_pairs(s, context)) / dissimilar;
+    if (similar > 0) {
+        total += 2 * similar_pairs(s, context) / similar;
+        if (with_grad)
+            for_column_chunks(s, [&](int64_t, int64_t column, int columns) {
+                for (int64_t group = 0; group < s.groups; ++group)
+                    add_similar_gradient(a, s, 2 / similar, group, column, columns);
+            });
+    }
+    *a.loss = static_cast<T>(total);
+}
+
+template <class T>
+constexpr Kernels<T> kTable{inspect<T>, loss<T>};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // Both directions of KL come from one tile of rows i against rows j: with the difference u = log p_i - log p_j, p_i u goes to
-// KL_ij and -p_j u to KL_ji. Nothing of size B x B is stored; the backward pass makes each tile again.
+// KL_ij and -p_j u to KL_ji. Nothing of size B x B is stored; the gradient makes each tile again, since what a pair counts for
+// is known only when all pairs are counted.
 #include <climits>
 #include <cmath>
 
@@ -100,7 +101,7 @@ struct ReduceShared {
 };
 
 template <class T>
-struct ForwardShared {
+struct LossShared {
     TileShared<T> tile;
     ReduceShared reduce;
 };
@@ -108,7 +109,7 @@ struct ForwardShared {
 /// Tiles i0 <= j0, numbered row by row; partials (gridDim.x): what each block summed.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_pairs(Batch<T> a, Partial* partials) {
-    auto& shared = *shared_memory<ForwardShared<T>>();
+    auto& shared = *shared_memory<LossShared<T>>();
     const int64_t side = ceil_div(a.b, kRows);
     double sums[2] = {0, 0};
     int64_t pairs[2] = {0, 0};
@@ -138,9 +139,11 @@ __global__ void __launch_bounds__(kThreads) sum_pairs(Batch<T> a, Partial* parti
     if (threadIdx.x == 0) partials[blockIdx.x] = partial;
 }
 
+/// The loss, and what a similar pair's and a counting dissimilar pair's divergence adds to it: slopes (2).
 template <class T>
-__global__ void __launch_bounds__(kThreads) average(Forward<T> a, const Partial* partials, int64_t count) {
+__global__ void __launch_bounds__(kThreads) average(Loss<T> a, T* slopes, const Partial* partials, int64_t count) {
     auto& shared = *shared_memory<ReduceShared>();
+    double loss = 0;
     for (int kind = 0; kind < 2; ++kind) {
         double sum = 0;
         int64_t pairs = 0;
@@ -151,16 +154,17 @@ __global__ void __launch_bounds__(kThreads) average(Forward<T> a, const Partial*
         sum = block_sum(sum, shared.sums);
         pairs = block_sum(pairs, shared.pairs);
         if (threadIdx.x != 0) continue;
-        a.means[kind] = pairs > 0 ? static_cast<T>(sum / double(pairs)) : T(0);
-        a.counts[kind] = 2 * pairs;
+        loss += pairs > 0 ? sum / double(pairs) : 0;
+        slopes[kind] = pairs > 0 ? static_cast<T>((kind == 0 ? 1 : -1) / double(pairs)) : T(0);
     }
+    if (threadIdx.x == 0) *a.loss = static_cast<T>(loss);
 }
 
-constexpr int kPanel = 128;  // columns of the gradient that one block of the backward pass holds in registers
+constexpr int kPanel = 128;  // columns of the gradient that one block holds in registers
 constexpr int kPieces = kPanel / 64;
 
 template <class T>
-struct BackwardShared {
+struct GradientShared {
     TileShared<T> tile;
     uint32_t slopes[kRows][kPadded];  // at [j][i] that of G_ij, times 4 that of G_ji: 0 none, 1 similar, 2 dissimilar
     T log_j[kDepth][kPanel];          // a step of 16 rows j
@@ -169,8 +173,9 @@ struct BackwardShared {
 
 /// What one split of the rows j gives to a row i; the splits are added in their order.
 template <class T>
-struct BackwardTask {
-    Backward<T> a;
+struct GradientTask {
+    Loss<T> a;
+    const T* slopes;            // (2)
     int64_t splits, per_split;  // of the tiles of rows j
     T* weights;                 // (splits, B): sum_j G_ij
     T* logs;                    // (splits, B, K): sum_j G_ij log p_j
@@ -179,12 +184,11 @@ struct BackwardTask {
 
 /// One block per 64 rows i, panel of 128 columns and split.
 template <class T>
-__global__ void __launch_bounds__(kThreads) pull_pairs(BackwardTask<T> task) {
+__global__ void __launch_bounds__(kThreads) pull_pairs(GradientTask<T> task) {
     const Batch<T>& a = task.a.batch;
-    auto& shared = *shared_memory<BackwardShared<T>>();
+    auto& shared = *shared_memory<GradientShared<T>>();
     const int64_t side = ceil_div(a.b, kRows), panels = ceil_div(a.k, kPanel);
-    const T similar = task.a.counts[0] > 0 ? 2 * task.a.grad_means[0] / static_cast<T>(task.a.counts[0]) : T(0);
-    const T dissimilar = task.a.counts[1] > 0 ? -2 * task.a.grad_means[1] / static_cast<T>(task.a.counts[1]) : T(0);
+    const T similar = task.slopes[0], dissimilar = task.slopes[1];
     const auto value_of = [&](uint32_t slope) { return slope == 1 ? similar : slope == 2 ? dissimilar : T(0); };
     for (int64_t piece = blockIdx.x; piece < task.splits * panels * side; piece += gridDim.x) {
         const int64_t i0 = piece % side * kRows, panel = piece / side % panels * kPanel, split = piece / side / panels;
@@ -248,7 +252,7 @@ __global__ void __launch_bounds__(kThreads) pull_pairs(BackwardTask<T> task) {
 
 /// grad_ik = p_ik ((log p_ik + 1) sum_j G_ij - sum_j G_ij log p_jk) - sum_j G_ji p_jk.
 template <class T>
-__global__ void add_splits(BackwardTask<T> task) {
+__global__ void add_splits(GradientTask<T> task) {
     const Batch<T>& a = task.a.batch;
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.b * a.k; i += stride) {
@@ -301,34 +305,36 @@ Findings inspect(const Batch<T>& a, const Context& context) {
 }
 
 template <class T>
-void forward(const Forward<T>& a, const Context& context) {
-    constexpr int64_t kMostBlocks = 4096;  // a constant, so that the sums do not depend on the device
-    const int64_t side = ceil_div(a.batch.b, kRows), blocks = side * side < kMostBlocks ? side * side : kMostBlocks;
-    auto* partials = context.scratch<Partial>(blocks);
-    launch("sum_pairs", sum_pairs<T>, grid_of(blocks), dim3(kThreads), sizeof(ForwardShared<T>), context.stream, a.batch,
-           partials);
-    launch("average", average<T>, dim3(1), dim3(kThreads), sizeof(ReduceShared), context.stream, a, partials, blocks);
-}
-
-template <class T>
-void backward(const Backward<T>& a, const Context& context) {
-    constexpr int64_t kWantedBlocks = 1024;  // a constant, for the same reason
+void gradient(const Loss<T>& a, const T* slopes, const Context& context) {
+    constexpr int64_t kWantedBlocks = 1024;  // a constant, so that the sums do not depend on the device
     const int64_t b = a.batch.b, k = a.batch.k;
     if (b == 0 || k == 0) return;
     const int64_t side = ceil_div(b, kRows), panels = ceil_div(k, kPanel);
     const int64_t splits = kWantedBlocks / (side * panels) < 1 ? 1 : kWantedBlocks / (side * panels);
-    BackwardTask<T> task{a, splits, ceil_div(side, splits), nullptr, nullptr, nullptr};
+    GradientTask<T> task{a, slopes, splits, ceil_div(side, splits), nullptr, nullptr, nullptr};
     task.splits = ceil_div(side, task.per_split);
     task.weights = context.scratch<T>(task.splits * b);
     task.logs = context.scratch<T>(task.splits * b * k);
     task.masses = context.scratch<T>(task.splits * b * k);
-    launch("pull_pairs", pull_pairs<T>, grid_of(task.splits * panels * side), dim3(kThreads), sizeof(BackwardShared<T>),
+    launch("pull_pairs", pull_pairs<T>, grid_of(task.splits * panels * side), dim3(kThreads), sizeof(GradientShared<T>),
            context.stream, task);
     launch("add_splits", add_splits<T>, grid_of(ceil_div(b * k, kThreads)), dim3(kThreads), 0, context.stream, task);
 }
 
 template <class T>
-constexpr Kernels<T> kTable{inspect<T>, forward<T>, backward<T>};
+void loss(const Loss<T>& a, const Context& context) {
+    constexpr int64_t kMostBlocks = 4096;  // a constant, for the same reason
+    const int64_t side = ceil_div(a.batch.b, kRows), blocks = side * side < kMostBlocks ? side * side : kMostBlocks;
+    auto* partials = context.scratch<Partial>(blocks);
+    auto* slopes = context.scratch<T>(2);
+    launch("sum_pairs", sum_pairs<T>, grid_of(blocks), dim3(kThreads), sizeof(LossShared<T>), context.stream, a.batch,
+           partials);
+    launch("average", average<T>, dim3(1), dim3(kThreads), sizeof(ReduceShared), context.stream, a, slopes, partials, blocks);
+    if (a.grad_log_p != nullptr) gradient(a, slopes, context);
+}
+
+template <class T>
+constexpr Kernels<T> kTable{inspect<T>, loss<T>};
 
 }  // namespace
 

@@ -2,7 +2,13 @@
 // Included by pairwise_kl_cpu.cpp alone.
 #pragma once
 
+#include <bit>
+
 #include "pairwise_kl/batch.h"
+
+#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#include <immintrin.h>
+#endif
 
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
 namespace {
@@ -91,33 +97,65 @@ double hinge_tile(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile,
     return hinge(s, i_block, j_block, tile, counts);
 }
 
+/// to += sign * from.
 template <class T>
-void add_row(const T* from, int64_t width, T* to) {
-    for (int64_t c = 0; c < width; ++c) to[c] += from[c];
+void add_row(const T* from, T sign, int64_t width, T* to) {
+    for (int64_t c = 0; c < width; ++c) to[c] += sign * from[c];
 }
 
-/// Adds M B to `left` (M the tile, B a block of log p; null: not wanted) and M' A to `right` (A a block of p). Few ones in the
-/// tile, as late in a training, are taken one by one.
+/// Which of kBlock values are `value`, one bit each.
 template <class T>
-void add_tile_products(const T* tile, const int32_t* counts, const T* a, const T* b, int64_t width, T* left, T* right) {
+uint64_t equal_bits(const T* values, T value) {
+    uint64_t bits = 0;
+    for (int j = 0; j < kBlock; ++j) bits |= uint64_t(values[j] == value) << j;
+    return bits;
+}
+
+#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+inline uint64_t equal_bits(const float* values, float value) {
+    uint64_t bits = 0;
+    for (int j = 0; j < kBlock; j += 16)
+        bits |= uint64_t(_mm512_cmp_ps_mask(_mm512_load_ps(values + j), _mm512_set1_ps(value), _CMP_EQ_OQ)) << j;
+    return bits;
+}
+#endif
+
+/// A block of p or log p with the sum of its rows, and where rows of the other kind add up: for each of kBlock rows, and for
+/// all of them alike.
+template <class T>
+struct Side {
+    const T *rows, *sum;
+    T *to, *to_all;  // null: not wanted
+};
+
+/// Adds sign B_j to row i of a, and sign A_i to row j of b, for each entry (i, j) of the tile that is `value`.
+template <class T>
+void add_entries(const T* tile, T value, T sign, int64_t width, const Side<T>& a, const Side<T>& b) {
+    for (int i = 0; i < kBlock; ++i)
+        for (uint64_t bits = equal_bits(tile + i * kBlock, value); bits != 0; bits &= bits - 1) {
+            const int j = std::countr_zero(bits);
+            add_row(a.rows + i * width, sign, width, b.to + j * width);
+            if (a.to != nullptr) add_row(b.rows + j * width, sign, width, a.to + i * width);
+        }
+}
+
+/// Adds M B to a's rows, where those are wanted, and M' A to b's (M the tile, A a block of p, B one of log p). Few ones in the
+/// tile, as late in a training, are taken one by one; few zeros are taken away from the sums over all. With probabilities of 0
+/// the latter would cancel what stands for their logarithms.
+template <class T>
+void add_tile_products(const T* tile, const int32_t* counts, bool has_zero, int64_t width, const Side<T>& a, const Side<T>& b) {
+    constexpr int64_t kEntries = kBlock * kBlock, kFew = kEntries / 8;
     int64_t ones = 0;
     for (int i = 0; i < kBlock; ++i) ones += counts[i];
-    if (ones > kBlock * kBlock / 8) {
-        block_product<T, true>({tile, 1, kBlock}, a, width, width, kBlock, right, width);
-        if (left != nullptr) block_product<T, true>({tile, kBlock, 1}, b, width, width, kBlock, left, width);
-        return;
-    }
-    for (int i = 0; i < kBlock; ++i) {
-        if (counts[i] == 0) continue;
-        int32_t columns[kBlock + 1], found = 0;
-        for (int32_t j = 0; j < kBlock; ++j) {
-            columns[found] = j;
-            found += tile[i * kBlock + j] != 0;
-        }
-        for (int32_t c = 0; c < found; ++c) {
-            add_row(a + i * width, width, right + columns[c] * width);
-            if (left != nullptr) add_row(b + columns[c] * width, width, left + i * width);
-        }
+    if (ones <= kFew) {
+        if (ones > 0) add_entries(tile, T(1), T(1), width, a, b);
+    } else if (kEntries - ones <= kFew && !has_zero) {
+        add_row(a.sum, T(1), width, b.to_all);
+        if (a.to != nullptr) add_row(b.sum, T(1), width, a.to_all);
+        if (ones < kEntries) add_entries(tile, T(0), T(-1), width, a, b);
+    } else {
+        block_product<T, true>({tile, 1, kBlock}, a.rows, width, width, kBlock, b.to, width);
+        if (a.to != nullptr) block_product<T, true>({tile, kBlock, 1}, b.rows, width, width, kBlock, a.to, width);
     }
 }
 

@@ -108,17 +108,12 @@ template <class T>
 void pairwise_kl(Call& c) {
     const auto batch = pairwise_batch<T>(c);
     const auto found = fastclust::pairwise_kl::cuda::kernels<T>().inspect(batch, c.context());
-    fastclust::pairwise_kl::cuda::kernels<T>().forward({batch, c.out<T>(2), c.out<int64_t>(2)}, c.context());
+    T* loss = c.out<T>(1);
+    T* grad = c.out<T>(c.ints[0] * c.ints[1]);
+    fastclust::pairwise_kl::cuda::kernels<T>().loss({batch, c.ints[2] != 0, loss, grad}, c.context());
     auto* findings = c.out<int64_t>(4);
     findings[0] = found.log_p.count, findings[1] = found.log_p.first;
     findings[2] = found.labels.count, findings[3] = found.labels.first;
-}
-
-template <class T>
-void pairwise_kl_backward(Call& c) {
-    const int64_t elements = c.ints[0] * c.ints[1];
-    fastclust::pairwise_kl::cuda::kernels<T>().backward(
-        {pairwise_batch<T>(c), c.in<T>(2), c.in<int64_t>(3), c.ints[2] != 0, c.out<T>(elements)}, c.context());
 }
 
 template <class T>
@@ -187,7 +182,6 @@ const std::map<std::string, void (*)(Call&)> kCalls = {
     FOR_BOTH_FLOATS(soft_assign),
     FOR_BOTH_FLOATS(soft_assign_backward),
     FOR_BOTH_FLOATS(pairwise_kl),
-    FOR_BOTH_FLOATS(pairwise_kl_backward),
     FOR_BOTH_FLOATS(diffuse),
     FOR_BOTH_FLOATS(inspect_graph),
     FOR_BOTH_FLOATS(knn),
