@@ -33,8 +33,8 @@ def pairwise_kl(log_p: Tensor, labels: Tensor, *, margin: float = 2.0, detach_ta
 
     With p_i = exp(log_p_i) and KL_ij = Σ_k p_ik (log p_ik − log p_jk), over pairs i ≠ j:
     mean over equal labels of KL_ij + KL_ji, plus mean over different labels of [m − KL_ij]₊ + [m − KL_ji]₊. The means
-    are the same over ordered and over unordered pairs; an empty set of pairs adds 0. Extra memory is O(B·K). Where log_p
-    requires a gradient, it is computed along with the loss, from the same pairs.
+    are the same over ordered and over unordered pairs; an empty set of pairs adds 0. Extra memory is O(B·K). Where
+    log_p requires a gradient, it is computed along with the loss, from the same pairs.
 
     A log-probability of −inf is a probability of 0: 0 · log 0 is 0, and KL_ij is infinite where p_i is positive and p_j
     is not. Such a pair of different labels is beyond every margin; of equal labels, it makes the loss infinite.

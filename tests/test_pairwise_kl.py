@@ -29,7 +29,7 @@ def labels_with_free_rows(labels: Tensor) -> Tensor:
 
 
 def both_gradients(log_p: Tensor, labels: Tensor, margin: float, detach: bool, device: str) -> tuple[Tensor, Tensor]:
-    """Of three times the loss, by the op and by the twin in float64, after comparing the loss, with and without them."""
+    """Of three times the loss, by the op and by the twin in float64, after comparing the loss with and without."""
     ours, twin = log_p.to(device).requires_grad_(), log_p.double().requires_grad_()
     loss = ops.pairwise_kl(ours, labels.to(device), margin, detach)
     expected_loss = reference.pairwise_kl(twin, labels, margin, detach)

@@ -77,8 +77,10 @@ bool search_with_int8(const Problem<T>& p) {
     const Quantiser quantiser = Quantiser::choose(p.x, p.centre);
     const Int8Filter<T> columns(s.metric, p.x, p.order, p.centre, quantiser, s.exact, p.context);
     if (!columns.usable) return false;
-    // About where the exact scores of the candidates cost what the products in single precision would, in cycles.
-    const double affordable = static_cast<double>(s.n * s.d) / 64 / (100 + static_cast<double>(s.d) / 4) + 2 * s.k;
+    // About where what the products gain over single precision, a cycle for 85 features of a pair, goes into exact scores of
+    // candidates beyond those that there is room for.
+    const double gain = static_cast<double>(s.n * s.d) / 85 / (100 + static_cast<double>(s.d) / 4);
+    const double affordable = gain + static_cast<double>(Candidates<int32_t>::capacity_for(s.k));
     if (s.queries == nullptr) return p.run(columns, columns, affordable);
     const Int8Filter<T> rows(s.metric, p.queries, p.query_order, p.centre, quantiser, s.exact, p.context);
     return rows.usable && p.run(rows, columns, affordable);
