@@ -1,4 +1,7 @@
-"""The CPU kernels without torch, under ThreadSanitizer and under AddressSanitizer with UndefinedBehaviorSanitizer."""
+"""The CPU kernels without torch, under ThreadSanitizer and under AddressSanitizer with UndefinedBehaviorSanitizer.
+
+Generic code on any CPU; the code with intrinsics where this CPU runs it.
+"""
 
 import os
 import platform
@@ -16,11 +19,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["thread", "address,undefined"])
+MEMORY, RACES = "address,undefined", "thread"
+MACHINE_FLAGS = {"generic": [], "avx512_vnni": ["-march=icelake-server", "-Wno-maybe-uninitialized"]}
+
+
+def cpu_has(capability: str) -> bool:
+    return capability == "generic" or capability in Path("/proc/cpuinfo").read_text()
+
+
+@pytest.fixture(scope="module", params=[(RACES, "generic"), (MEMORY, "generic"), (MEMORY, "avx512_vnni")], ids="-".join)
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sanitizers, capability = request.param
+    if not cpu_has(capability):
+        pytest.skip(f"this CPU has no {capability}")
     folder = tmp_path_factory.mktemp("native")
-    flags = [f"-fsanitize={request.param}", "-fno-sanitize-recover=undefined", "-std=c++20", "-O1", "-g1"]
-    flags += [f"-I{ROOT / 'csrc'}", "-DFASTCLUST_CAPABILITY=generic", "-DFASTCLUST_CAPABILITY_generic=1"]
+    flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined", "-std=c++20", "-O1", "-g1"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-DFASTCLUST_CAPABILITY={capability}", f"-DFASTCLUST_CAPABILITY_{capability}=1"]
+    flags += MACHINE_FLAGS[capability]
     sources = [*sorted((ROOT / "csrc").glob("*/*_cpu.cpp")), ROOT / "tests" / "native" / "driver.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     waiting, running = list(zip(sources, objects, strict=True)), []

@@ -79,7 +79,7 @@ std::vector<int64_t> labels_below(int64_t count, int64_t classes) {
 
 template <class T>
 void run_kmeans(int64_t batch, int64_t n, int64_t k, int64_t d) {
-    const auto& kernels = fastclust::kmeans::generic::kernels<T>();
+    const auto& kernels = fastclust::kmeans::FASTCLUST_CAPABILITY::kernels<T>();
     constexpr int64_t kRestarts = 2, kCandidates = 3;
     const auto x = gaussian<T>(batch * n * d, 1);
     auto uniforms = gaussian<T>(batch * kRestarts * k * kCandidates, 2);
@@ -95,7 +95,7 @@ void run_kmeans(int64_t batch, int64_t n, int64_t k, int64_t d) {
         std::copy(row, row + d, init.begin() + static_cast<int64_t>(i) * d);
     }
     const Host lloyd;
-    kernels.lloyd({batch, kRestarts, n, k, d, x.data(), init.data(), nullptr, nullptr, 5, 0.0, false, true, centroids.data(),
+    kernels.lloyd({batch, kRestarts, n, k, d, x.data(), init.data(), nullptr, nullptr, 40, 0.0, false, true, centroids.data(),
                    labels.data(), inertia.data(), n_iter.data()},
                   lloyd.context);
     note(centroids), note(labels), note(inertia), note(n_iter);
@@ -115,7 +115,7 @@ void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
     std::vector<int64_t> indices(n * k), crow(n + 1);
     for (const auto metric : {knn::Metric::euclidean, knn::Metric::inner_product, knn::Metric::cosine}) {
         const Host search;
-        knn::generic::kernels<T>().search({n, n, k, d, x.data(), nullptr, metric, true, values.data(), indices.data()},
+        knn::FASTCLUST_CAPABILITY::kernels<T>().search({n, n, k, d, x.data(), nullptr, metric, true, values.data(), indices.data()},
                                           search.context);
         note(values), note(indices);
     }
@@ -124,7 +124,7 @@ void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
         std::vector<T> weights;
     } made;
     const Host graph;
-    knn::generic::kernels<T>().graph({n, k, values.data(), indices.data(), 3.0, knn::Symmetrize::sum, crow.data(), &made,
+    knn::FASTCLUST_CAPABILITY::kernels<T>().graph({n, k, values.data(), indices.data(), 3.0, knn::Symmetrize::sum, crow.data(), &made,
                                       [](void* owner, int64_t count) {
                                           auto& out = *static_cast<Made*>(owner);
                                           out.col.resize(count), out.weights.resize(count);
@@ -138,7 +138,7 @@ void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
     std::vector<int64_t> n_iter(columns);
     const auto edges = static_cast<int64_t>(made.col.size());
     const Host diffusion;
-    fastclust::diffusion::generic::kernels<T>().solve({{n, edges, crow.data(), made.col.data(), made.weights.data()},
+    fastclust::diffusion::FASTCLUST_CAPABILITY::kernels<T>().solve({{n, edges, crow.data(), made.col.data(), made.weights.data()},
                                                        columns,
                                                        y.data(),
                                                        0.9,
@@ -156,7 +156,7 @@ void run_pairs(int64_t b, int64_t k, int64_t d) {
     const auto x = gaussian<T>(b * d, 5), centroids = gaussian<T>(k * d, 6), grad = gaussian<T>(b * k, 7);
     std::vector<T> log_p(b * k), grad_x(b * d), grad_centroids(k * d), loss(1), grad_log_p(b * k);
     const Host assign;
-    const auto& soft = fastclust::soft_assign::generic::kernels<T>();
+    const auto& soft = fastclust::soft_assign::FASTCLUST_CAPABILITY::kernels<T>();
     soft.forward({b, k, d, x.data(), centroids.data(), log_p.data()}, assign.context);
     soft.backward({b, k, d, grad.data(), x.data(), centroids.data(), log_p.data(), grad_x.data(), grad_centroids.data()},
                   assign.context);
@@ -165,7 +165,7 @@ void run_pairs(int64_t b, int64_t k, int64_t d) {
     const auto labels = labels_below(b, 3);
     const Host pairs;
     const fastclust::pairwise_kl::Batch<T> batch{b, k, log_p.data(), labels.data(), 2};
-    fastclust::pairwise_kl::generic::kernels<T>().loss({batch, false, loss.data(), grad_log_p.data()}, pairs.context);
+    fastclust::pairwise_kl::FASTCLUST_CAPABILITY::kernels<T>().loss({batch, false, loss.data(), grad_log_p.data()}, pairs.context);
     note(loss), note(grad_log_p);
 }
 
@@ -177,6 +177,7 @@ void run_all() {
     run_graph<T>(2, 1, 1, 1);
     run_graph<T>(301, 9, 17, 5);
     run_graph<T>(40, 39, 65, 33);
+    run_graph<T>(700, 21, 35, 3);
     run_pairs<T>(2, 1, 1);
     run_pairs<T>(131, 33, 7);
 }
