@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from . import ops
+from ._sums import ROWS_AT_ONCE, ExactSums
 
 
 class KMeansResult(NamedTuple):
@@ -86,14 +87,23 @@ def first_centroids(
 
 def _start_at_fixed_means(init: Tensor, x: Tensor, weight: Tensor | None, labels: Tensor) -> Tensor:
     """`init` with the clusters that have fixed rows moved to the weighted mean of those."""
-    K = init.shape[2]
-    mass = (labels >= 0).to(x.dtype) if weight is None else weight * (labels >= 0)
-    index = labels.clamp(0, K - 1)  # kmeans_lloyd tells of labels out of range
-    total = mass.new_zeros(x.shape[0], K).scatter_add(1, index, mass)
-    sums = x.new_zeros(x.shape[0], K, x.shape[2])
-    sums = sums.scatter_add(1, index[..., None].expand_as(x), x * mass[..., None])
-    known = (total > 0)[:, None, :, None]
-    return torch.where(known, (sums / total.clamp(min=torch.finfo(x.dtype).tiny)[..., None])[:, None], init)
+    mass = (labels >= 0).double() if weight is None else weight.double() * (labels >= 0)
+    starts = [_fixed_means(*problem, init.shape[2]) for problem in zip(x, mass, labels, strict=True)]
+    means = torch.stack([mean for mean, _ in starts])[:, None]
+    known = torch.stack([total > 0 for _, total in starts])[:, None, :, None]
+    return torch.where(known, means.to(init.dtype), init)
+
+
+def _fixed_means(x: Tensor, mass: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+    """Means (K, D) of the rows by label and the masses (K,) of those, float64: the same bits on any device."""
+    groups = labels.clamp(0, n_clusters - 1)  # kmeans_lloyd tells of labels out of range
+    values = torch.cat([x.double() * mass[:, None], mass[:, None]], dim=1)
+    exact = ExactSums(values.abs().amax(dim=0), len(x), x.dtype)
+    sums = exact.zeros(n_clusters)
+    for part, of_group in zip(torch.split(values, ROWS_AT_ONCE), torch.split(groups, ROWS_AT_ONCE), strict=True):
+        exact.add(sums, part, of_group)
+    total = exact.value(sums)
+    return total[:, :-1] / total[:, -1:], total[:, -1]
 
 
 def kmeans(
