@@ -115,8 +115,8 @@ void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
     std::vector<int64_t> indices(n * k), crow(n + 1);
     for (const auto metric : {knn::Metric::euclidean, knn::Metric::inner_product, knn::Metric::cosine}) {
         const Host search;
-        knn::FASTCLUST_CAPABILITY::kernels<T>().search({n, n, k, d, x.data(), nullptr, metric, true, values.data(), indices.data()},
-                                          search.context);
+        knn::FASTCLUST_CAPABILITY::kernels<T>().search(
+            {n, n, k, d, x.data(), nullptr, metric, true, values.data(), indices.data()}, search.context);
         note(values), note(indices);
     }
     struct Made {
@@ -124,13 +124,14 @@ void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
         std::vector<T> weights;
     } made;
     const Host graph;
-    knn::FASTCLUST_CAPABILITY::kernels<T>().graph({n, k, values.data(), indices.data(), 3.0, knn::Symmetrize::sum, crow.data(), &made,
-                                      [](void* owner, int64_t count) {
-                                          auto& out = *static_cast<Made*>(owner);
-                                          out.col.resize(count), out.weights.resize(count);
-                                          return knn::Edges<T>{out.col.data(), out.weights.data()};
-                                      }},
-                                     graph.context);
+    knn::FASTCLUST_CAPABILITY::kernels<T>().graph(
+        {n, k, values.data(), indices.data(), 3.0, knn::Symmetrize::sum, crow.data(), &made,
+         [](void* owner, int64_t count) {
+             auto& out = *static_cast<Made*>(owner);
+             out.col.resize(count), out.weights.resize(count);
+             return knn::Edges<T>{out.col.data(), out.weights.data()};
+         }},
+        graph.context);
     note(crow), note(made.col), note(made.weights);
 
     const auto y = gaussian<T>(n * columns, 4);
@@ -138,16 +139,17 @@ void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
     std::vector<int64_t> n_iter(columns);
     const auto edges = static_cast<int64_t>(made.col.size());
     const Host diffusion;
-    fastclust::diffusion::FASTCLUST_CAPABILITY::kernels<T>().solve({{n, edges, crow.data(), made.col.data(), made.weights.data()},
-                                                       columns,
-                                                       y.data(),
-                                                       0.9,
-                                                       1e-6,
-                                                       10,
-                                                       f.data(),
-                                                       residual.data(),
-                                                       n_iter.data()},
-                                                      diffusion.context);
+    fastclust::diffusion::FASTCLUST_CAPABILITY::kernels<T>().solve(
+        {{n, edges, crow.data(), made.col.data(), made.weights.data()},
+         columns,
+         y.data(),
+         0.9,
+         1e-6,
+         10,
+         f.data(),
+         residual.data(),
+         n_iter.data()},
+        diffusion.context);
     note(f), note(residual), note(n_iter);
 }
 
@@ -165,7 +167,8 @@ void run_pairs(int64_t b, int64_t k, int64_t d) {
     const auto labels = labels_below(b, 3);
     const Host pairs;
     const fastclust::pairwise_kl::Batch<T> batch{b, k, log_p.data(), labels.data(), 2};
-    fastclust::pairwise_kl::FASTCLUST_CAPABILITY::kernels<T>().loss({batch, false, loss.data(), grad_log_p.data()}, pairs.context);
+    fastclust::pairwise_kl::FASTCLUST_CAPABILITY::kernels<T>().loss({batch, false, loss.data(), grad_log_p.data()},
+                                                                    pairs.context);
     note(loss), note(grad_log_p);
 }
 
