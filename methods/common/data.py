@@ -140,6 +140,8 @@ def assemble(
     x_test: np.ndarray | None = None,
     y_test: np.ndarray | None = None,
     class_names: tuple[str, ...] = (),
+    *,
+    need_classes: bool = True,
 ) -> ImageData:
     """Check arrays, number the classes 0 … C - 1 and turn the images into tensors.
 
@@ -147,6 +149,7 @@ def assemble(
         x_train, x_test: uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3).
         y_train, y_test: integers (N,); a class below 0 is unknown. The classes are the distinct values of y_train.
         class_names: names of the classes 0, 1, …; without them a class is called by its number.
+        need_classes: refuse y_train that names fewer than two.
     """
     if x_test is None:
         x_test = np.empty((0, *x_train.shape[1:]), np.uint8)
@@ -162,7 +165,7 @@ def assemble(
             f"{name}: images of x_train and x_test differ in shape: {x_train.shape[1:]} and {x_test.shape[1:]}"
         )
     values = np.unique(y_train[y_train >= 0])
-    if len(values) < 2:
+    if need_classes and len(values) < 2:
         raise UserError(f"{name}: y_train names {len(values)} classes; two is the least")
     strangers = np.setdiff1d(y_test[y_test >= 0], values)
     if len(strangers):

@@ -77,17 +77,17 @@ def read_images(
     return stack, readable, [(file, found) for file, found in read_in if isinstance(found, str)]
 
 
-def load_folder(folder: Path, image_size: int) -> ImageData:
+def load_folder(folder: Path, image_size: int, *, need_classes: bool = True) -> ImageData:
     """All images of a folder, at any depth, as RGB squares; labels.csv in it names the classes of some.
 
     labels.csv has the header `file,label`; files are named relative to the folder. There is no test part. Files that
-    cannot be read are named on stderr and left out.
+    cannot be read are named on stderr and left out. Without `need_classes` labels.csv may name none, or be missing.
     """
     if not folder.is_dir():
         raise UserError(f"--data folder:{folder} is no folder")
     if image_size < 8:
         raise UserError(f"--image-size {image_size} is too small; 8 pixels is the least")
-    labels = read_labels(folder / "labels.csv")
+    labels = read_labels(folder / "labels.csv") if need_classes or (folder / "labels.csv").exists() else {}
     images, files, unreadable = read_images(find_images(folder), 3, (image_size, image_size))
     if parallel.is_first():
         for file, reason in unreadable:
@@ -104,9 +104,10 @@ def load_folder(folder: Path, image_size: int) -> ImageData:
     classes = sorted(known, key=lambda label: (len(label), label) if all(map(str.isdigit, known)) else (0, label))
     number = {label: index for index, label in enumerate(classes)}
     y = np.array([number[labels[name]] if name in labels else -1 for name in names])
-    if len(classes) < 2:
+    if need_classes and len(classes) < 2:
         raise UserError(f"{folder}/labels.csv names {len(classes)} classes of readable images; two is the least")
-    data = assemble(folder.resolve().name, images.permute(0, 2, 3, 1).numpy(), y, class_names=tuple(classes))
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    data = assemble(folder.resolve().name, pixels, y, class_names=tuple(classes), need_classes=need_classes)
     return replace(data, files=tuple(names), left_out=left_out)
 
 

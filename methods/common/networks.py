@@ -1,4 +1,4 @@
-"""Classifiers: pixels standardised, features of unit length, a linear head on them."""
+"""Classifiers: pixels standardised, features (of unit length, unless asked otherwise), a linear head on them."""
 
 from __future__ import annotations
 
@@ -33,28 +33,38 @@ class Standardise(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A body that gives `n_features` numbers per image, brought to unit length, and a linear head on them."""
+    """A body that gives `n_features` numbers per image, brought to unit length or not, and a linear head on them."""
 
-    def __init__(self, n_channels: int, body: nn.Module, n_features: int, n_outputs: int):
+    def __init__(self, n_channels: int, body: nn.Module, n_features: int, n_outputs: int, unit_length: bool = True):
         super().__init__()
+        self.unit_length = unit_length
         self.standardise = Standardise(n_channels)
         self.body = body
         self.head = nn.Linear(n_features, n_outputs)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of unit length, float32 (N, n_features), of images (N, C, H, W) in [0, 1]."""
+        """Features, float32 (N, n_features), of images (N, C, H, W) in [0, 1]."""
         images = self.standardise(images).contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.body(images).float(), dim=1)
+        features = self.body(images).float()
+        return F.normalize(features, dim=1) if self.unit_length else features
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 (N, n_outputs)."""
         return self.head(self.features(images)).float()
 
 
-def build(name: str, *, n_channels: int, image_size: tuple[int, int], n_outputs: int, weight_norm: bool) -> Classifier:
+def build(
+    name: str,
+    *,
+    n_channels: int,
+    image_size: tuple[int, int],
+    n_outputs: int,
+    weight_norm: bool,
+    unit_length: bool = True,
+) -> Classifier:
     """The network called `name`; all arguments together are what a checkpoint needs to build it again.
 
-    `weight_norm`: weight normalisation on convolutions and head.
+    `weight_norm`: weight normalisation on convolutions and head. `unit_length`: of the features.
     """
     if name in _CONVNETS:
         width, convs_per_block = _CONVNETS[name]
@@ -63,7 +73,7 @@ def build(name: str, *, n_channels: int, image_size: tuple[int, int], n_outputs:
         width, body = 512, _resnet18(n_channels, min(image_size))
     else:
         raise UserError(f"--network {name} is unknown; there are {', '.join(NAMES)}")
-    network = Classifier(n_channels, body, width, n_outputs)
+    network = Classifier(n_channels, body, width, n_outputs, unit_length)
     if weight_norm:
         for module in list(network.modules()):
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -32,13 +32,16 @@ _NAMED: dict[str, tuple[str | None, tuple[str, ...]]] = {
 }
 
 
-def load(config: RunConfig) -> ImageData:
-    """The image set that the settings ask for (`data`, `data_dir`, `download`, `image_size`, `subset`, `seed`)."""
+def load(config: RunConfig, *, need_classes: bool = True) -> ImageData:
+    """The image set that the settings ask for (`data`, `data_dir`, `download`, `image_size`, `subset`, `seed`).
+
+    Without `need_classes` a file or a folder may know no classes.
+    """
     kind, _, path = config.data.partition(":")
     if kind == "npz" and path:
-        data = load_npz(Path(path))
+        data = load_npz(Path(path), need_classes=need_classes)
     elif kind == "folder" and path:
-        data = load_folder(Path(path), config.image_size)
+        data = load_folder(Path(path), config.image_size, need_classes=need_classes)
     elif config.data == "digits":
         data = load_digits(config.seed)
     elif config.data in _NAMED:
@@ -91,18 +94,22 @@ def load_named(name: str, folder: Path, download: bool) -> ImageData:
     return assemble(name, x_train, y_train, x_test, y_test, class_names or tuple(getattr(parts[0], "classes", ())))
 
 
-def load_npz(path: Path, name: str = "", class_names: tuple[str, ...] = ()) -> ImageData:
+def load_npz(
+    path: Path, name: str = "", class_names: tuple[str, ...] = (), *, need_classes: bool = True
+) -> ImageData:
     """Images from an .npz file.
 
     x_train, and x_test where there is a test part: uint8, (N, H, W) or (N, H, W, 3). y_train, y_test: integers (N,),
     -1 for an image whose class is unknown; without y_test, all of the test part is. The classes are the distinct values
-    of y_train.
+    of y_train. Without `need_classes` y_train may be missing.
     """
-    arrays = _read_npz(path)
+    arrays = dict(_read_npz(path))
+    if not need_classes and "x_train" in arrays:
+        arrays.setdefault("y_train", np.full(len(arrays["x_train"]), -1))
     _require_keys(path, arrays, ("x_train", "y_train", *(("x_test",) if "y_test" in arrays else ())))
     data = {key: arrays[key] for key in ARRAYS if key in arrays}
     try:
-        return assemble(name or path.stem, **data, class_names=class_names)
+        return assemble(name or path.stem, **data, class_names=class_names, need_classes=need_classes)
     except UserError as error:
         raise UserError(f"{path}: {str(error).partition(': ')[2]}") from None
 

@@ -1,0 +1,549 @@
+"""BSC-IC: clustering of images without any labels by two views, a critic and the correlation of clusters.
+
+"Bootstrap Your Own Latent: Self-Supervised Clustering with Instance-Level and Cluster-Level Discriminations" (BSC-IC).
+Numbers of equations and tables are the paper's.
+
+    python -m methods.bsc_ic                             digits: no download, no GPU, two to three minutes on one core
+    python -m methods.bsc_ic --data usps --seed 1
+    python -m methods.bsc_ic --data npz:FILE --clusters 12   no classes needed; those there are serve to report
+
+Training and test images are clustered together. No class is ever read but for the figures that are reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastclust
+from methods.common import networks
+from methods.common.config import RunConfig, launch
+from methods.common.data import HeldOut, ImageData
+from methods.common.errors import UserError
+from methods.common.progress import Progress
+from methods.common.report import Section, classification_sections, curves, embedded, page
+from methods.common.run import Run, write_whole
+from methods.common.sources import load
+from methods.common.training import infer, pick_device, shuffled
+from methods.common.views import Views
+
+# ============================================================================================================= settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Defaults are the paper's where it states them; a preset replaces some. `labels` has no effect."""
+
+    clusters: int = 0
+    """K; 0 takes the number of classes that the data name."""
+    network: str = ""
+    """`cnn-small`, `cnn13`, `resnet18`; empty: cnn-small for grey images of up to 28 pixels, else resnet18."""
+
+    # The total loss, eq. 8. A weight of 0 leaves its term out.
+    alpha_adv: float = 1.0
+    """Weight of L_adv-G, which eq. 8 has none for; 0 leaves the critic out."""
+    alpha_si: float = 4.0
+    """Weight of L_si."""
+    alpha_mi: float = 2.0
+    """Weight of L_mi."""
+    alpha_clu: float = 1.0
+    """Weight of L_clu."""
+    kl_order: Literal["target-online", "online-target"] = "target-online"
+    """L_mi (eqs. 1, 2) as KL(target ‖ online), or the other way round; the target never gets a gradient."""
+    detach_si: bool = False
+    """Hold the first argument of L_si (eq. 3) fixed in the gradient."""
+    lambda_clu: float | None = None
+    """λ_clu of eq. 7, which the paper does not give; none: 1 / (K - 1)."""
+
+    # The critic, eqs. 4 and 5.
+    xi: float = 10.0
+    """ξ, weight of the gradient penalty."""
+    critic_steps: int = 1
+    """Its steps for each of the network's."""
+    critic_lr: float = 3e-4
+    """Its learning rate, of Adam."""
+    critic_betas: tuple[float, float] = (0.5, 0.9)
+    """Its β1 and β2, of Adam."""
+    critic_views: Literal["both", "first"] = "both"
+    """Whose assignments it sees."""
+
+    # Training.
+    tau: float = 0.99
+    """τ, how much of the target's weights a step keeps (eq. 10)."""
+    lr: float = 3e-4
+    """Learning rate of Adam for the online network."""
+    batch: int = 64
+    """N, images in a batch."""
+    epochs: int = 200
+    """Epochs; the paper gives no number."""
+
+    # Views.
+    crop: float = 0.4
+    """Least share of the area that a random resized crop keeps."""
+    flip: bool = True
+    """Mirror left and right, every second image."""
+    rotate: float = 0.0
+    """Greatest rotation in degrees; the paper has none."""
+    shift: float = 0.0
+    """Greatest move in pixels, with black coming in; the paper has none."""
+    jitter: float = 0.8
+    """Of brightness, contrast and saturation, a quarter of it of hue; images in colour alone."""
+    grey: float = 0.2
+    """Share of colour images that lose their colour."""
+
+
+PAPER = Config(preset="paper", data="mnist", flip=False)
+PRESETS = {
+    "digits": replace(PAPER, preset="digits", data="digits", threads=1),
+    "usps": replace(PAPER, preset="usps", data="usps"),
+    "mnist": replace(PAPER, preset="mnist", alpha_si=2.0, alpha_mi=1.0),
+    "fashion-mnist": replace(
+        PAPER, preset="fashion-mnist", data="fashion-mnist", alpha_si=2.0, alpha_mi=1.0, flip=True
+    ),
+    "cifar10": replace(PAPER, preset="cifar10", data="cifar10", epochs=1000, flip=True),
+    "cifar100-20": replace(PAPER, preset="cifar100-20", data="cifar100-20", epochs=1000, flip=True),
+    # Your own photos: colour, no classes needed.
+    "folder": replace(PAPER, preset="folder", data="folder", flip=True),
+}
+
+# CIFAR-100's superclass of each of its classes, these in alphabetical order.
+_SUPERCLASS = (
+    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
+    *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
+    *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
+    *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+)
+
+# Panels of the report: metric -> the name shown.
+PANELS = {
+    "Against the classes": {"acc": "ACC", "nmi": "NMI", "ari": "ARI"},
+    "Health": {
+        "entropy": "entropy of the mean assignment / ln K",
+        "information": "information / ln K",
+        "agreement": "views that agree",
+    },
+    "Clusters used": {"used": "of K"},
+    "Ties between views": {"loss_mi": "L_mi", "loss_si": "L_si"},
+    "Discriminations": {"loss_clu": "L_clu", "loss_adv": "L_adv-G"},
+    "Critic": {"loss_critic": "L_adv-D", "penalty": "gradient penalty"},
+}
+
+# ========================================================================================================== the trainer
+
+
+def train(config: Config, resume: Path | None = None) -> Run:
+    """Train, write the run's folder and print what came out; `resume` is the folder of a run to go on with."""
+    device = pick_device(config.device, config.threads)
+    data, n_train = load_merged(config)
+    check(config, data)
+    learner = Learner(config, data.to(device))
+    with Run("bsc_ic", config, data, resume) as run:
+        state = run.restore() if resume else None
+        first = learner.load_state(state) if state else 0
+        warned = any(collapsed(metrics, config) for metrics in run.history)
+        with Progress(learner.steps * config.epochs, learner.steps * first) as progress:
+            for epoch in range(first + 1, config.epochs + 1):
+                started = time.perf_counter()
+                metrics: dict[str, Any] = {"epoch": epoch} | learner.training_pass(progress, f"epoch {epoch}")
+                probabilities = learner.probabilities()
+                metrics |= health(probabilities) | scores(data.y_train, probabilities.argmax(dim=1).cpu())
+                metrics["seconds"] = time.perf_counter() - started
+                run.save(metrics, epoch=epoch, **learner.state())
+                progress.epoch(f"epoch {epoch:3}/{config.epochs}", in_short(metrics))
+                if not warned and collapsed(metrics, config):
+                    warned = True
+                    print(f"bsc_ic: warning: epoch {epoch}: {cause(metrics, config)}", file=sys.stderr, flush=True)
+        write_results(run, learner, n_train)
+    return run
+
+
+class Learner:
+    """Online network, EMA target and critic, trained on eq. 8 and eq. 5 in turn (Algorithm 1).
+
+    Attributes:
+        n_clusters: K.
+        steps: of the optimiser in an epoch.
+    """
+
+    def __init__(self, config: Config, data: ImageData):
+        self.config, self.images = config, data.x_train
+        self.data, self.n_clusters = data, config.clusters or data.n_classes
+        small = data.n_channels == 1 and max(data.image_size) <= 28
+        torch.manual_seed(config.seed)
+        self.architecture = {
+            "name": config.network or ("cnn-small" if small else "resnet18"),
+            "n_channels": data.n_channels,
+            "image_size": tuple(data.image_size),
+            "n_outputs": self.n_clusters,
+            "weight_norm": False,
+            "unit_length": False,
+        }
+        self.online = networks.build(**self.architecture)
+        self.online.standardise.set(*data.pixel_statistics())
+        self.online.to(self.images.device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.critic = Critic(self.n_clusters).to(self.images.device)
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(
+            self.critic.parameters(), lr=config.critic_lr, betas=tuple(config.critic_betas), fused=True
+        )
+        self.views = Views(config.crop, config.flip, config.rotate, config.shift, config.jitter, config.grey)
+        self.steps = max(round(len(self.images) / config.batch), 1)
+
+    def training_pass(self, progress: Progress, title: str) -> dict[str, float]:
+        """Algorithm 1 over all images once. Returns the mean of each term, and how often the views agreed."""
+        self.online.train()
+        self.target.train()
+        totals: dict[str, Tensor] = {}
+        for batch in shuffled(torch.arange(len(self.images), device=self.images.device), self.steps):
+            for name, value in self.step(self.images[batch]).items():
+                totals[name] = totals.get(name, 0) + value
+            progress.step(title)
+        means = {name: float(total) / self.steps for name, total in totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise UserError("the loss is no longer finite; a lower --lr or --critic-lr may help")
+        return means
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step of online network, target and critic on a batch. Returns the terms, not weighted."""
+        config, n = self.config, len(images)
+        views = torch.cat([self.views(images), self.views(images)])
+        log_a, log_b = self.online(views).log_softmax(dim=1).split(n)
+        with torch.no_grad():
+            target_a, target_b = self.target(views).log_softmax(dim=1).split(n)
+        z = log_a.exp() if config.critic_views == "first" else torch.cat([log_a, log_b]).exp()
+
+        terms = {}
+        if config.alpha_mi:
+            terms["mi"] = mutual_improvement((log_a, log_b), (target_a, target_b), config.kl_order)
+        if config.alpha_si:
+            terms["si"] = kl(log_a.detach() if config.detach_si else log_a, log_b)
+        if config.alpha_clu:
+            terms["clu"] = cluster_discrimination(log_a.exp(), log_b.exp(), config.lambda_clu)
+        if config.alpha_adv:
+            terms["adv"] = -self.critic(z).mean()  # eq. 4
+        loss = sum(getattr(config, f"alpha_{name}") * term for name, term in terms.items())  # eq. 8
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        move_average(self.target, self.online, config.tau)
+
+        found = {"loss": loss.detach()} | {f"loss_{name}": term.detach() for name, term in terms.items()}
+        if config.alpha_adv:
+            for _ in range(config.critic_steps):
+                found |= self.critic_step(z.detach())
+        return found | {"agreement": (log_a.argmax(dim=1) == log_b.argmax(dim=1)).float().mean()}
+
+    def critic_step(self, z: Tensor) -> dict[str, Tensor]:
+        """One step of the critic on assignments (M, K) and as many draws of the prior (eq. 5)."""
+        prior = F.one_hot(torch.randint(self.n_clusters, (len(z),), device=z.device), self.n_clusters).to(z)
+        between = torch.rand(len(z), 1, device=z.device)
+        penalty = gradient_penalty(self.critic, between * prior + (1 - between) * z)
+        loss = self.critic(z).mean() - self.critic(prior).mean() + self.config.xi * penalty
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"loss_critic": loss.detach(), "penalty": penalty.detach()}
+
+    # ------------------------------------------------------------------------------------------- results and checkpoint
+
+    def probabilities(self) -> Tensor:
+        """Soft assignments (N, K) of all images, not augmented."""
+        self.online.eval()
+        return infer(lambda images: self.online(images).softmax(dim=1), self.images)
+
+    def embeddings(self) -> Tensor:
+        """Features (N, D) of all images, not augmented."""
+        self.online.eval()
+        return infer(self.online.features, self.images)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture,
+            "class_names": cluster_names(self.n_clusters),
+            "network": self.online.state_dict(),
+            "target": self.target.state_dict(),
+            "critic": self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> int:
+        """Take up what `state` gave. Returns the number of epochs that were finished."""
+        self.online.load_state_dict(state["network"])
+        for name in ("target", "critic", "optimizer", "critic_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        return state["epoch"]
+
+
+class Critic(nn.Sequential):
+    """D of eqs. 4 and 5: K - 1024 - 512 - 1, LeakyReLU, no normalisation. Gives (N,) of assignments (N, K)."""
+
+    def __init__(self, n_clusters: int):
+        super().__init__(
+            nn.Linear(n_clusters, 1024),
+            nn.LeakyReLU(0.2),
+            nn.Linear(1024, 512),
+            nn.LeakyReLU(0.2),
+            nn.Linear(512, 1),
+            nn.Flatten(start_dim=0),
+        )
+
+
+# =============================================================================================================== losses
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities (N, K), the mean over rows."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+
+
+def mutual_improvement(
+    online: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], order: str = "target-online"
+) -> Tensor:
+    """L_mi (eqs. 1, 2): the target's assignment of one view against the online network's of the other, both ways.
+
+    Args:
+        online, target: log-probabilities (N, K) of the views a and b.
+        order: which of the two stands first in the divergence.
+    """
+    pairs = ((target[1], online[0]), (target[0], online[1]))
+    return sum(kl(t, o) if order == "target-online" else kl(o, t) for t, o in pairs)
+
+
+def cluster_discrimination(z_a: Tensor, z_b: Tensor, off_weight: float | None = None) -> Tensor:
+    """L_clu (eqs. 6, 7): columns of the same cluster in both views alike, those of different ones orthogonal.
+
+    Args:
+        z_a, z_b: assignments (N, K).
+        off_weight: λ_clu; None: 1 / (K - 1).
+    """
+    n_clusters = z_a.shape[1]
+    cosine = F.normalize(z_a, dim=0).T @ F.normalize(z_b, dim=0)
+    same = cosine.diagonal()
+    different = cosine.square().sum() - same.square().sum()
+    return (same - 1).square().sum() + (1 / (n_clusters - 1) if off_weight is None else off_weight) * different
+
+
+def gradient_penalty(critic: nn.Module, between: Tensor) -> Tensor:
+    """Mean of (‖∇D(r)‖ - 1)² over points r, (M, K), without the weight ξ (eq. 5)."""
+    between = between.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return (gradient.norm(dim=1) - 1).square().mean()
+
+
+@torch.no_grad()
+def move_average(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """Target weights θ ← τθ + (1 - τ)φ (eq. 10). Statistics of BatchNorm stay each network's own."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
+
+
+# =============================================================================================================== health
+
+
+def health(probabilities: Tensor) -> dict[str, float]:
+    """What of soft assignments (N, K) tells a clustering from a collapse.
+
+    Returns:
+        used: clusters that are the likeliest of some image. entropy: of the mean assignment, over ln K. confidence: mean
+        probability of the likeliest cluster. information: of an image about its cluster, H(mean p) - mean H(p), over
+        ln K: 0 where all images get the same assignment, sharp or soft.
+    """
+    p, scale = probabilities.double(), math.log(probabilities.shape[1])
+    entropy = float(torch.special.entr(p.mean(dim=0)).sum()) / scale
+    return {
+        "used": len(p.argmax(dim=1).unique()),
+        "entropy": entropy,
+        "confidence": float(p.amax(dim=1).mean()),
+        "information": entropy - float(torch.special.entr(p).sum(dim=1).mean()) / scale,
+    }
+
+
+def collapsed(metrics: dict[str, Any], config: Config) -> bool:
+    """Whether an epoch, past the first tenth of them, left a clustering that tells little of its images."""
+    return metrics["epoch"] > config.epochs / 10 and metrics["information"] < 0.3
+
+
+def cause(metrics: dict[str, Any], config: Config) -> str:
+    """Why the clustering collapsed, as far as the settings and the figures of an epoch tell, and what to do."""
+    state = (
+        f"the clustering has collapsed ({metrics['used']} clusters used, mean assignment at "
+        f"{100 * metrics['entropy']:.0f} % of the greatest entropy, mean confidence {100 * metrics['confidence']:.0f} %)"
+    )
+    if not config.alpha_adv and not config.alpha_clu:
+        return f"{state}: --alpha-adv and --alpha-clu are 0, and the same assignment for all images is least of the rest"
+    if metrics["agreement"] < 0.5:
+        weak = "--alpha-mi, --alpha-si" if not (config.alpha_mi or config.alpha_si) else "--crop, --jitter"
+        return f"{state}: the two views of an image agree in {100 * metrics['agreement']:.0f} % only; see {weak}"
+    if metrics["entropy"] < 0.5:
+        return f"{state}: few clusters take all images; a higher --alpha-clu or --alpha-adv holds them apart"
+    return f"{state}: all images get much the same soft assignment; a higher --alpha-adv or more --epochs sharpen it"
+
+
+def scores(truth: Tensor, clusters: Tensor) -> dict[str, float]:
+    """ACC, NMI and ARI over the images whose class is known, if there are any. No decision of the run depends on them."""
+    known = truth >= 0
+    if not known.any():
+        return {}
+    truth, clusters = truth[known], clusters[known]
+    return {
+        "acc": 100 * fastclust.metrics.cluster_accuracy(truth, clusters),
+        "nmi": fastclust.metrics.normalized_mutual_info(truth, clusters),
+        "ari": fastclust.metrics.adjusted_rand(truth, clusters),
+    }
+
+
+# ============================================================================================================== helpers
+
+
+def load_merged(config: Config) -> tuple[ImageData, int]:
+    """The images of both parts as one training part, and how many of them were training images."""
+    superclasses = config.data == "cifar100-20"
+    data = load(replace(config, data="cifar100") if superclasses else config, need_classes=False)
+    if superclasses:
+        if data.n_classes != len(_SUPERCLASS):
+            raise UserError(f"--data cifar100-20: the file of cifar100 names {data.n_classes} classes, not 100")
+        coarse = torch.tensor(_SUPERCLASS)
+        data = replace(data, name="cifar100-20", y_train=coarse[data.y_train], y_test=coarse[data.y_test])
+        data = replace(data, class_names=cluster_names(20))
+    n_train = len(data.x_train)
+    files = data.files + tuple(f"test {i}" for i in range(len(data.x_test))) if data.files else ()
+    merged = replace(
+        data,
+        x_train=torch.cat([data.x_train, data.x_test]),
+        y_train=torch.cat([data.y_train, data.y_test]),
+        x_test=data.x_test[:0],
+        y_test=data.y_test[:0],
+        files=files,
+    )
+    return merged, n_train
+
+
+def cluster_names(n_clusters: int) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(n_clusters))
+
+
+def check(config: Config, data: ImageData) -> None:
+    """Refuse settings that cannot work on this data, before anything is written."""
+    n_clusters = config.clusters or data.n_classes
+    if n_clusters < 2:
+        raise UserError(f"{n_clusters} clusters; without classes in the data --clusters must be 2 or more")
+    if len(data.x_train) < max(n_clusters, 2):
+        raise UserError(f"{len(data.x_train)} images are fewer than the {n_clusters} clusters")
+    if config.batch < 2:
+        raise UserError(f"--batch {config.batch} must be 2 or more")
+    for name in ("epochs", "lr", "critic_lr", "critic_steps"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+    weights = ("alpha_adv", "alpha_si", "alpha_mi", "alpha_clu")
+    for name in (*weights, "xi", "rotate", "shift", "jitter"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")
+    if not any(getattr(config, name) for name in weights):
+        raise UserError("--alpha-adv, --alpha-si, --alpha-mi and --alpha-clu are all 0: there is no loss")
+    if not 0 < config.crop <= 1:
+        raise UserError(f"--crop {config.crop} must be above 0 and at most 1")
+    if not 0 <= config.tau <= 1:
+        raise UserError(f"--tau {config.tau} must lie between 0 and 1")
+
+
+def in_short(metrics: dict[str, Any]) -> dict[str, str]:
+    """What a person wants to see of an epoch while it runs."""
+    formats = {
+        "loss": ("loss", "{:.3f}"),
+        "used": ("clusters", "{}"),
+        "information": ("information", "{:.2f}"),
+        "agreement": ("agreement", "{:.2f}"),
+        "acc": ("ACC", "{:.1f} %"),
+    }
+    return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
+
+
+# ====================================================================================================== what a run leaves
+
+
+def write_results(run: Run, learner: Learner, n_train: int) -> None:
+    """Write assignments.npz, predictions.csv, report.html and result.json, and tell what came out."""
+    config, data = learner.config, learner.data.to(torch.device("cpu"))
+    probabilities, embeddings = learner.probabilities().cpu(), learner.embeddings().cpu()
+    clusters, truth = probabilities.argmax(dim=1), data.y_train
+    export(run.path / "assignments.npz", probabilities, embeddings)
+    named = replace(data, class_names=cluster_names(learner.n_clusters))
+    run.write_predictions(named, torch.full_like(truth, -1), probabilities, probabilities[:0])
+
+    figures = scores(truth, clusters)
+    if figures and n_train < len(truth):
+        for part, rows in (("train", slice(None, n_train)), ("test", slice(n_train, None))):
+            figures |= {f"{part}_{name}": value for name, value in scores(truth[rows], clusters[rows]).items()}
+    if figures:
+        pixels = learner.images.flatten(start_dim=1).float()
+        kmeans = fastclust.kmeans(pixels, learner.n_clusters, n_init=10, seed=config.seed).labels.cpu()
+        figures |= {f"kmeans_{name}": value for name, value in scores(truth, kmeans).items()}
+    state = health(probabilities)
+    seconds = sum(metrics["seconds"] for metrics in run.history)
+
+    title = f"BSC-IC on {data.name}, seed {config.seed}"
+    facts = {"images": f"{len(truth)}", "clusters used": f"{state['used']} of {learner.n_clusters}"}
+    if figures:
+        facts |= {"ACC": f"{figures['acc']:.2f} %", "NMI": f"{figures['nmi']:.3f}", "ARI": f"{figures['ari']:.3f}"}
+        facts["ACC of k-means on pixels"] = f"{figures['kmeans_acc']:.2f} %"
+    facts |= {"epochs": f"{config.epochs}", "time": f"{seconds:.0f} s"}
+    sections = [
+        Section("Training", "What each epoch left.", curves(run.history, PANELS, from_zero=False)),
+        *assignment_sections(data, probabilities, embeddings),
+    ]
+    run.write_text("report.html", page(title, facts, sections))
+    run.finish(figures | state | {"epochs": len(run.history), "seconds": seconds})
+    outcome = ", ".join(f"{name} {facts[name]}" for name in ("ACC", "NMI", "ARI", "clusters used") if name in facts)
+    print(f"{title}: {outcome}, {seconds:.0f} s")
+    last = run.history[-1]
+    if collapsed(last, config):
+        print(f"  warning: {cause(last, config)}")
+    print(f"  what the run left  {run.path}/report.html, assignments.npz, predictions.csv, metrics.jsonl")
+    print(f"  assign new images  python -m methods.predict {run.path} IMAGE...")
+
+
+def export(path: Path, probabilities: Tensor, embeddings: Tensor) -> None:
+    """Write an .npz file of `probabilities` (N, K) and `embeddings` (N, D), float32, and `labels` (N,), int64.
+
+    Rows are the training images, then the test images; a label is the likeliest cluster.
+    """
+    arrays = {
+        "probabilities": probabilities.float().numpy(),
+        "embeddings": embeddings.float().numpy(),
+        "labels": probabilities.argmax(dim=1).numpy(),
+    }
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def matched(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
+    """int64 (K,): the cluster that stands for each class, one to one, as many images right as can be (Hungarian)."""
+    from scipy.optimize import linear_sum_assignment
+
+    counts = torch.bincount(truth * n_clusters + clusters, minlength=n_clusters**2).reshape(n_clusters, n_clusters)
+    return torch.from_numpy(linear_sum_assignment(counts.numpy(), maximize=True)[1])
+
+
+def assignment_sections(data: ImageData, probabilities: Tensor, embeddings: Tensor) -> list[Section]:
+    """Confusion after matching, embedding, most and least certain images; sizes of clusters where classes are unknown."""
+    n_clusters, truth = probabilities.shape[1], data.y_train
+    known = bool((truth >= 0).all()) and n_clusters == data.n_classes
+    names = data.class_names if known else cluster_names(n_clusters)
+    if known:
+        probabilities = probabilities[:, matched(truth, probabilities.argmax(dim=1), n_clusters)]
+    images = HeldOut("images", data.x_train, truth, known, data.files)
+    return classification_sections(images, names, probabilities, embeddings[embedded(len(truth))])
+
+
+if __name__ == "__main__":
+    sys.exit(launch("bsc_ic", PRESETS, train))
