@@ -355,13 +355,14 @@ def health(probabilities: Tensor) -> dict[str, float]:
     """What of soft assignments (N, K) tells a clustering from a collapse.
 
     Returns:
-        used: clusters that are the likeliest of some image. entropy: of the mean assignment, over ln K. confidence: mean
-        probability of the likeliest cluster. information: of an image about its cluster, H(mean p) - mean H(p), over
-        ln K: 0 where all images get the same assignment, sharp or soft.
+        clusters: K. used: clusters that are the likeliest of some image. entropy: of the mean assignment, over ln K.
+        confidence: mean probability of the likeliest cluster. information: of an image about its cluster,
+        H(mean p) - mean H(p), over ln K: 0 where all images get the same assignment, sharp or soft.
     """
     p, scale = probabilities.double(), math.log(probabilities.shape[1])
     entropy = float(torch.special.entr(p.mean(dim=0)).sum()) / scale
     return {
+        "clusters": probabilities.shape[1],
         "used": len(p.argmax(dim=1).unique()),
         "entropy": entropy,
         "confidence": float(p.amax(dim=1).mean()),
@@ -370,18 +371,22 @@ def health(probabilities: Tensor) -> dict[str, float]:
 
 
 def collapsed(metrics: dict[str, Any], config: Config) -> bool:
-    """Whether an epoch, past the first tenth of them, left a clustering that tells little of its images."""
-    return metrics["epoch"] > config.epochs / 10 and metrics["information"] < 0.3
+    """Whether an epoch of the second half left the same assignment to all images, or half of the clusters empty."""
+    if metrics["epoch"] <= config.epochs / 2:
+        return False
+    return metrics["information"] < 0.1 or metrics["used"] < metrics["clusters"] / 2
 
 
 def cause(metrics: dict[str, Any], config: Config) -> str:
     """Why the clustering collapsed, as far as the settings and the figures of an epoch tell, and what to do."""
     state = (
-        f"the clustering has collapsed ({metrics['used']} clusters used, mean assignment at "
-        f"{100 * metrics['entropy']:.0f} % of the greatest entropy, mean confidence {100 * metrics['confidence']:.0f} %)"
+        f"the clustering has collapsed ({metrics['used']} of {metrics['clusters']} clusters used, the mean assignment "
+        f"at {100 * metrics['entropy']:.0f} % of the greatest entropy, confidence {100 * metrics['confidence']:.0f} %)"
     )
     if not config.alpha_adv and not config.alpha_clu:
-        return f"{state}: --alpha-adv and --alpha-clu are 0, and the same assignment for all images is least of the rest"
+        return (
+            f"{state}: --alpha-adv and --alpha-clu are 0, and the same assignment for all images is least of the rest"
+        )
     if metrics["agreement"] < 0.5:
         weak = "--alpha-mi, --alpha-si" if not (config.alpha_mi or config.alpha_si) else "--crop, --jitter"
         return f"{state}: the two views of an image agree in {100 * metrics['agreement']:.0f} % only; see {weak}"
@@ -391,7 +396,7 @@ def cause(metrics: dict[str, Any], config: Config) -> str:
 
 
 def scores(truth: Tensor, clusters: Tensor) -> dict[str, float]:
-    """ACC, NMI and ARI over the images whose class is known, if there are any. No decision of the run depends on them."""
+    """ACC, NMI and ARI over the images whose class is known, if any is. No decision of the run depends on them."""
     known = truth >= 0
     if not known.any():
         return {}
@@ -461,7 +466,7 @@ def in_short(metrics: dict[str, Any]) -> dict[str, str]:
     """What a person wants to see of an epoch while it runs."""
     formats = {
         "loss": ("loss", "{:.3f}"),
-        "used": ("clusters", "{}"),
+        "used": ("clusters used", "{}"),
         "information": ("information", "{:.2f}"),
         "agreement": ("agreement", "{:.2f}"),
         "acc": ("ACC", "{:.1f} %"),
@@ -469,7 +474,7 @@ def in_short(metrics: dict[str, Any]) -> dict[str, str]:
     return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
 
 
-# ====================================================================================================== what a run leaves
+# ==================================================================================================== what a run leaves
 
 
 def write_results(run: Run, learner: Learner, n_train: int) -> None:
@@ -535,7 +540,7 @@ def matched(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
 
 
 def assignment_sections(data: ImageData, probabilities: Tensor, embeddings: Tensor) -> list[Section]:
-    """Confusion after matching, embedding, most and least certain images; sizes of clusters where classes are unknown."""
+    """Confusion after matching, or sizes of clusters where classes are unknown; embedding; least certain images."""
     n_clusters, truth = probabilities.shape[1], data.y_train
     known = bool((truth >= 0).all()) and n_clusters == data.n_classes
     names = data.class_names if known else cluster_names(n_clusters)

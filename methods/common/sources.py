@@ -94,9 +94,7 @@ def load_named(name: str, folder: Path, download: bool) -> ImageData:
     return assemble(name, x_train, y_train, x_test, y_test, class_names or tuple(getattr(parts[0], "classes", ())))
 
 
-def load_npz(
-    path: Path, name: str = "", class_names: tuple[str, ...] = (), *, need_classes: bool = True
-) -> ImageData:
+def load_npz(path: Path, name: str = "", class_names: tuple[str, ...] = (), *, need_classes: bool = True) -> ImageData:
     """Images from an .npz file.
 
     x_train, and x_test where there is a test part: uint8, (N, H, W) or (N, H, W, 3). y_train, y_test: integers (N,),
