@@ -104,7 +104,10 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", data="mnist", flip=False)
 PRESETS = {
-    "digits": replace(PAPER, preset="digits", data="digits", threads=1),
+    # Longer steps and milder views than the paper's, chosen on seed 5; images of 8 x 8 pixels bear no crop to 0.4.
+    "digits": replace(
+        PAPER, preset="digits", data="digits", threads=1, epochs=60, batch=128, lr=1e-3, crop=0.7, rotate=10.0
+    ),
     "usps": replace(PAPER, preset="usps", data="usps"),
     "mnist": replace(PAPER, preset="mnist", alpha_si=2.0, alpha_mi=1.0),
     "fashion-mnist": replace(
