@@ -1,6 +1,6 @@
 """Writes docs/results/cpu.md from what pytest-benchmark measured, and measures ceilings and memory beside it.
 
-    OPENBLAS_CORETYPE=SkylakeX pytest benches --full --benchmark-json=all.json
+    OPENBLAS_CORETYPE=SkylakeX pytest benches --full -k "not noise and not clusternet" --benchmark-json=all.json
     FASTCLUST_CPU_CAPABILITY=avx2 pytest benches --full -k "fastclust or ours" --benchmark-json=avx2.json
     python benches/cpu_figures.py all.json avx2.json
 
