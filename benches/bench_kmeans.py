@@ -66,7 +66,7 @@ RUNNERS = {
     "faiss": run_faiss,
     "superkmeans": run_superkmeans,
 }
-TOLERANCES = {"faiss": 1e-3, "superkmeans": 0.1}
+TOLERANCES = {"faiss": 3e-3, "superkmeans": 0.1}  # with K = 1000 faiss meets empty clusters, which it fills its own way
 _needed: dict[tuple[int, int, int], tuple[torch.Tensor, float, int]] = {}
 
 
