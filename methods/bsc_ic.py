@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import fastclust
 from methods.common import networks
-from methods.common.config import RunConfig, launch
+from methods.common.config import RunConfig, launch, require_above_zero, require_not_negative
 from methods.common.data import HeldOut, ImageData
 from methods.common.errors import UserError
-from methods.common.progress import Progress
+from methods.common.progress import Progress, in_short
 from methods.common.report import Section, classification_sections, curves, embedded, page
 from methods.common.run import Run, write_whole
 from methods.common.sources import load
@@ -127,6 +127,15 @@ _SUPERCLASS = (
     *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
 )
 
+# What a person wants to see of an epoch while it runs: metric -> its short name, and how it is written.
+IN_SHORT = {
+    "loss": ("loss", "{:.3f}"),
+    "used": ("clusters used", "{}"),
+    "information": ("information", "{:.2f}"),
+    "agreement": ("agreement", "{:.2f}"),
+    "acc": ("ACC", "{:.1f} %"),
+}
+
 # Panels of the report: metric -> the name shown.
 PANELS = {
     "Against the classes": {"acc": "ACC", "nmi": "NMI", "ari": "ARI"},
@@ -162,7 +171,7 @@ def train(config: Config, resume: Path | None = None) -> Run:
                 metrics |= health(probabilities) | scores(data.y_train, probabilities.argmax(dim=1).cpu())
                 metrics["seconds"] = time.perf_counter() - started
                 run.save(metrics, epoch=epoch, **learner.state())
-                progress.epoch(f"epoch {epoch:3}/{config.epochs}", in_short(metrics))
+                progress.epoch(f"epoch {epoch:3}/{config.epochs}", in_short(metrics, IN_SHORT))
                 if not warned and collapsed(metrics, config):
                     warned = True
                     print(f"bsc_ic: warning: epoch {epoch}: {cause(metrics, config)}", file=sys.stderr, flush=True)
@@ -450,31 +459,15 @@ def check(config: Config, data: ImageData) -> None:
         raise UserError(f"{len(data.x_train)} images are fewer than the {n_clusters} clusters")
     if config.batch < 2:
         raise UserError(f"--batch {config.batch} must be 2 or more")
-    for name in ("epochs", "lr", "critic_lr", "critic_steps"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+    require_above_zero(config, "epochs", "lr", "critic_lr", "critic_steps")
     weights = ("alpha_adv", "alpha_si", "alpha_mi", "alpha_clu")
-    for name in (*weights, "xi", "rotate", "shift", "jitter"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")
+    require_not_negative(config, *weights, "xi", "rotate", "shift", "jitter")
     if not any(getattr(config, name) for name in weights):
         raise UserError("--alpha-adv, --alpha-si, --alpha-mi and --alpha-clu are all 0: there is no loss")
     if not 0 < config.crop <= 1:
         raise UserError(f"--crop {config.crop} must be above 0 and at most 1")
     if not 0 <= config.tau <= 1:
         raise UserError(f"--tau {config.tau} must lie between 0 and 1")
-
-
-def in_short(metrics: dict[str, Any]) -> dict[str, str]:
-    """What a person wants to see of an epoch while it runs."""
-    formats = {
-        "loss": ("loss", "{:.3f}"),
-        "used": ("clusters used", "{}"),
-        "information": ("information", "{:.2f}"),
-        "agreement": ("agreement", "{:.2f}"),
-        "acc": ("ACC", "{:.1f} %"),
-    }
-    return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
 
 
 # ==================================================================================================== what a run leaves

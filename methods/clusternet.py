@@ -26,11 +26,11 @@ import fastclust
 from methods.common import autoencoder
 from methods.common.augment import Augment, to_float
 from methods.common.autoencoder import reconstruction_loss
-from methods.common.config import RunConfig, launch
+from methods.common.config import RunConfig, launch, require_above_zero, require_not_negative
 from methods.common.data import HeldOut, ImageData, choose_labelled, choose_percent
 from methods.common.errors import UserError
 from methods.common.pretraining import Pretraining, Settings
-from methods.common.progress import Progress
+from methods.common.progress import Progress, in_short
 from methods.common.report import Section, classification_sections, curves, embedded, embedding, gallery, page
 from methods.common.run import Run
 from methods.common.sources import load
@@ -160,6 +160,14 @@ PRESETS["folder"] = replace(PRESETS["digits"], preset="folder", data="folder:.",
 
 _IN_A_ROW = 12  # images of the report's width
 
+# What a person wants to see of an epoch while it runs: metric -> its short name, and how it is written.
+IN_SHORT = {
+    "lambda": ("λ", "{:.2f}"),
+    "loss": ("loss", "{:.3f}"),
+    "unlabelled_acc": ("ACC unlabelled", "{:.1f} %"),
+    "test_acc": ("test", "{:.1f} %"),
+}
+
 # Panels of the report: metric -> the name shown.
 PANELS = {
     "ACC, %": {"unlabelled_acc": "unlabelled images", "test_acc": "test images"},
@@ -209,7 +217,7 @@ def train(config: Config, resume: Path | None = None) -> Run:
                 metrics |= learner.clustering_pass(metrics["lambda"], progress, f"epoch {epoch}") | learner.scores()
                 metrics["seconds"] = time.perf_counter() - started
                 run.save(metrics, epoch=epoch, **learner.state())
-                progress.epoch(f"epoch {epoch:3}/{config.epochs}", in_short(metrics))
+                progress.epoch(f"epoch {epoch:3}/{config.epochs}", in_short(metrics, IN_SHORT))
 
         # ------------------------------------------------------------------------------------------ what the run leaves
         write_results(run, learner)
@@ -481,27 +489,13 @@ def check(config: Config, data: ImageData, given: Tensor) -> None:
         raise UserError(f"--dropout {config.dropout} must lie between 0 and 1")
     if config.lambda_end < config.lambda_start:
         raise UserError(f"--lambda-end {config.lambda_end} must not come before --lambda-start {config.lambda_start}")
-    positive = ("epochs", "lr", "pretrain_lr", "batch", "batch_labelled", "pretrain_batch", "n_features", "least_count")
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+    batches = ("batch", "batch_labelled", "pretrain_batch")
+    require_above_zero(config, "epochs", "lr", "pretrain_lr", *batches, "n_features", "least_count")
     weights = ("reconstruction_weight", "pair_weight", "cluster_weight", "lambda_max", "margin")
-    for name in (*weights, "pretrain_epochs", "lambda_start", "percent", "holdout", "rotate", "scale", "shift"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")
+    shares, views = ("percent", "holdout"), ("rotate", "scale", "shift")
+    require_not_negative(config, *weights, "pretrain_epochs", "lambda_start", *shares, *views)
     if min(config.strides) < 1:
         raise UserError(f"--strides {config.strides} must be 1 or more")
-
-
-def in_short(metrics: dict[str, Any]) -> dict[str, str]:
-    """What a person wants to see of an epoch while it runs."""
-    formats = {
-        "lambda": ("λ", "{:.2f}"),
-        "loss": ("loss", "{:.3f}"),
-        "unlabelled_acc": ("ACC unlabelled", "{:.1f} %"),
-        "test_acc": ("test", "{:.1f} %"),
-    }
-    return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
 
 
 def write_results(run: Run, learner: Learner) -> None:

@@ -31,12 +31,20 @@ from methods.common import networks, parallel
 from methods.common.augment import Augment
 from methods.common.config import launch
 from methods.common.data import ImageData, choose_labelled
-from methods.common.progress import Progress
+from methods.common.progress import Progress, in_short
 from methods.common.results import write_results
 from methods.common.run import Run
 from methods.common.sources import load
 from methods.common.training import cosine, cycled, error_rate, infer, mean_loss, pick_device, shuffled
 from methods.cyclecluster_settings import PRESETS, Config, check
+
+# What a person wants to see of an epoch while it runs: metric -> its short name, and how it is written.
+IN_SHORT = {
+    "loss_clusters": ("L_C", "{:.3f}"),
+    "loss_classes": ("L_W", "{:.3f}"),
+    "pseudo_label_error": ("pseudo-label error", "{:.1f} %"),
+    "test_error": ("test error", "{:.1f} %"),
+}
 
 # Panels of the report: metric -> the name shown.
 PANELS = {
@@ -95,7 +103,7 @@ def train(config: Config, resume: Path | None = None) -> Run:
                     metrics |= learner.test_error()
                 metrics["seconds"] = time.perf_counter() - started
                 run.save(metrics, epoch=epoch + 1, **learner.state())
-                learner.progress.epoch(f"epoch {epoch + 1:3}/{config.epochs}", in_short(metrics))
+                learner.progress.epoch(f"epoch {epoch + 1:3}/{config.epochs}", in_short(metrics, IN_SHORT))
 
         # ------------------------------------------------------------------------------------------ what the run leaves
         kind = {"none": "CycleCluster", "graph": "diffusion alone", "supervised": "labelled images alone"}
@@ -388,17 +396,6 @@ def match_ids(clusters: Tensor, probability: Tensor) -> Tensor:
 def ramp(epoch: float, end: float) -> float:
     """Mean Teacher's sigmoid-shaped ramp exp(-5 (1 - epoch / end)²), 1 from `end` on."""
     return math.exp(-5 * max(1 - epoch / end, 0) ** 2) if end else 1.0
-
-
-def in_short(metrics: dict[str, Any]) -> dict[str, str]:
-    """What a person wants to see of an epoch while it runs."""
-    formats = {
-        "loss_clusters": ("L_C", "{:.3f}"),
-        "loss_classes": ("L_W", "{:.3f}"),
-        "pseudo_label_error": ("pseudo-label error", "{:.1f} %"),
-        "test_error": ("test error", "{:.1f} %"),
-    }
-    return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
 
 
 if __name__ == "__main__":

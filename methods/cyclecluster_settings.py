@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from methods.common.config import RunConfig
+from methods.common.config import RunConfig, require_above_zero, require_not_negative
 from methods.common.errors import UserError
 
 
@@ -182,11 +182,8 @@ def check(config: Config, n_images: int, n_labelled: int) -> None:
         raise UserError(f"--alpha {config.alpha} must lie between 0 and 1")
     if config.anneal_end < config.epochs:
         raise UserError(f"--anneal-end {config.anneal_end} must not come before the last of {config.epochs} epochs")
-    above_zero = ("epochs", "lr", "kmeans_iter", "neighbours", "diffusion_iter")
-    for name in (*above_zero, "batch_labelled", "batch_unlabelled"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
-    not_negative = ("clusters", "init_epochs", "pad", "rotate", "scale", "shift", "weight_decay", "rand_augment")
-    for name in (*not_negative, "test_every", "consistency", "consistency_ramp"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")
+    steps = ("kmeans_iter", "neighbours", "diffusion_iter")
+    require_above_zero(config, "epochs", "lr", *steps, "batch_labelled", "batch_unlabelled")
+    views = ("pad", "rotate", "scale", "shift", "rand_augment")
+    teacher = ("consistency", "consistency_ramp")
+    require_not_negative(config, "clusters", "init_epochs", "weight_decay", "test_every", *views, *teacher)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from methods.bsc_ic import (
     load_merged,
     train,
 )
-from methods.common.config import launch
 from methods.common.errors import UserError
 from methods.common.run import load_checkpoint
 from methods.common.views import Views, colour_jitter, turn_hue
@@ -33,16 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def stripes(tmp_path: Path) -> Path:
-    """Three classes of 8 x 8 images, stripes at three angles under noise."""
-    rng = np.random.default_rng(0)
-    row, column = np.indices((8, 8))
-    patterns = np.stack([row % 4 < 2, column % 4 < 2, (row + column) % 4 < 2])
-    classes = np.arange(120) % 3
-    images = (patterns[classes] * 150 + rng.integers(0, 100, (120, 8, 8))).astype(np.uint8)
-    path = tmp_path / "stripes.npz"
-    np.savez(path, x_train=images[:90], y_train=classes[:90], x_test=images[90:], y_test=classes[90:])
-    return path
+def stripes(write_stripes) -> Path:
+    return write_stripes(90, 30, contrast=150)
 
 
 @pytest.fixture
@@ -312,7 +302,5 @@ def test_settings_that_cannot_work_are_refused_first(small: Config, changes: dic
     assert not Path(small.runs).exists()
 
 
-def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["bsc_ic", "--data", "npz:nowhere.npz"])
-    assert launch("bsc_ic", PRESETS, train) == 2
-    assert capsys.readouterr().err.startswith("bsc_ic: nowhere.npz")
+def test_the_command_line(refusal) -> None:
+    assert "nowhere.npz" in refusal(bsc_ic, ["--data", "npz:nowhere.npz"])

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 import fastclust
 from methods import cyclecluster, predict
-from methods.common.config import launch
 from methods.common.data import choose_labelled
 from methods.common.run import load_checkpoint
 from methods.common.sources import load
@@ -32,22 +31,8 @@ class NoProgress:
 
 
 @pytest.fixture
-def stripes(tmp_path: Path) -> Path:
-    """Three classes of 8 x 8 images, stripes at three angles under noise: learnt in seconds."""
-    rng = np.random.default_rng(0)
-    row, column = np.indices((8, 8))
-    patterns = np.stack([row % 4 < 2, column % 4 < 2, (row + column) % 4 < 2])
-
-    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
-        classes = np.arange(n) % 3
-        images = patterns[classes] * 120 + rng.integers(0, 136, (n, 8, 8))
-        return images.astype(np.uint8), classes
-
-    x_train, y_train = draw(150)
-    x_test, y_test = draw(30)
-    path = tmp_path / "stripes.npz"
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    return path
+def stripes(write_stripes) -> Path:
+    return write_stripes(150, 30)
 
 
 @pytest.fixture
@@ -327,15 +312,8 @@ def test_digits_are_not_learnt_where_a_part_does_nothing(tmp_path: Path, monkeyp
         (["--threads", "-1"], "--threads -1"),
     ],
 )
-def test_errors_are_one_line_with_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cyclecluster", *arguments])
-    assert launch("cyclecluster", PRESETS, train) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("cyclecluster: ")
-    assert said.count("\n") == 1
-    assert message in said
-    assert not (tmp_path / "runs").exists(), "nothing is left behind by a run that never started"
+def test_errors_are_one_line_with_exit_code_2(arguments, message, refusal) -> None:
+    assert message in refusal(cyclecluster, arguments)
 
 
 def test_a_diverging_run_says_so(small: Config) -> None:

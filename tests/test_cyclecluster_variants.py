@@ -23,17 +23,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Config:
+def tiny(write_stripes, tmp_path: Path) -> Config:
     """Four epochs of a tenth of a second on stripes in three directions."""
-    rng = np.random.default_rng(0)
-    row, column = np.indices((8, 8))
-    classes = np.arange(75) % 3
-    patterns = np.stack([row % 4 < 2, column % 4 < 2, (row + column) % 4 < 2])
-    x = (patterns[classes] * 180 + rng.integers(0, 76, (75, 8, 8))).astype(np.uint8)
-    np.savez(tmp_path / "stripes.npz", x_train=x[:60], y_train=classes[:60], x_test=x[60:], y_test=classes[60:])
     return dataclasses.replace(
         PRESETS["digits"],
-        data=f"npz:{tmp_path}/stripes.npz",
+        data=f"npz:{write_stripes(60, 15, contrast=180)}",
         runs=str(tmp_path / "runs"),
         device="cpu",
         labels=9,

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,16 +90,10 @@ def test_batch_norm_and_outputs_of_two_processes_are_those_of_one(tmp_path: Path
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
-    rng = np.random.default_rng(0)
-    row, column = np.indices((8, 8))
-    classes = np.arange(65) % 3
-    patterns = np.stack([row % 4 < 2, column % 4 < 2, (row + column) % 4 < 2])
-    x = (patterns[classes] * 180 + rng.integers(0, 76, (65, 8, 8))).astype(np.uint8)
-    np.savez(tmp_path / "stripes.npz", x_train=x[:51], y_train=classes[:51], x_test=x[51:], y_test=classes[51:])
+def config(write_stripes) -> Config:
     return dataclasses.replace(
         PRESETS["digits"],
-        data=f"npz:{tmp_path}/stripes.npz",
+        data=f"npz:{write_stripes(51, 14, contrast=180)}",
         labels=9,
         device="cpu",
         epochs=2,

@@ -117,6 +117,20 @@ def launch(method: str, presets: Mapping[str, ConfigT], train: Callable[[ConfigT
     return 0
 
 
+def require_above_zero(config: RunConfig, *names: str) -> None:
+    """Refuse settings of these names that are 0 or less."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+
+
+def require_not_negative(config: RunConfig, *names: str) -> None:
+    """Refuse settings of these names that are below 0."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be below 0")
+
+
 def save_config(config: RunConfig) -> str:
     """The settings as JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2)

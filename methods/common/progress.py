@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from methods.common import parallel
 
@@ -54,6 +56,11 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def in_short(metrics: Mapping[str, Any], formats: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """What `Progress.epoch` shows; `formats` maps a metric to its short name and to how its value is written."""
+    return {name: form.format(metrics[key]) for key, (name, form) in formats.items() if key in metrics}
 
 
 def _clock(seconds: float) -> str:
