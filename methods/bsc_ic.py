@@ -20,20 +20,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastclust
 from methods.common import networks
+from methods.common.clustering import assignment_sections, cluster_names, export, load_merged, scores
 from methods.common.config import RunConfig, launch, require_above_zero, require_not_negative
-from methods.common.data import HeldOut, ImageData
+from methods.common.data import ImageData
 from methods.common.errors import UserError
 from methods.common.progress import Progress, in_short
-from methods.common.report import Section, classification_sections, curves, embedded, page
-from methods.common.run import Run, write_whole
-from methods.common.sources import load
+from methods.common.report import Section, curves, page
+from methods.common.run import Run
 from methods.common.training import infer, pick_device, shuffled
 from methods.common.views import Views
 
@@ -118,14 +117,6 @@ PRESETS = {
     # Your own photos: colour, no classes needed.
     "folder": replace(PAPER, preset="folder", data="folder", flip=True),
 }
-
-# CIFAR-100's superclass of each of its classes, these in alphabetical order.
-_SUPERCLASS = (
-    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
-    *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
-    *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
-    *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
-)
 
 # What a person wants to see of an epoch while it runs: metric -> its short name, and how it is written.
 IN_SHORT = {
@@ -407,47 +398,7 @@ def cause(metrics: dict[str, Any], config: Config) -> str:
     return f"{state}: all images get much the same soft assignment; a higher --alpha-adv or more --epochs sharpen it"
 
 
-def scores(truth: Tensor, clusters: Tensor) -> dict[str, float]:
-    """ACC, NMI and ARI over the images whose class is known, if any is. No decision of the run depends on them."""
-    known = truth >= 0
-    if not known.any():
-        return {}
-    truth, clusters = truth[known], clusters[known]
-    return {
-        "acc": 100 * fastclust.metrics.cluster_accuracy(truth, clusters),
-        "nmi": fastclust.metrics.normalized_mutual_info(truth, clusters),
-        "ari": fastclust.metrics.adjusted_rand(truth, clusters),
-    }
-
-
 # ============================================================================================================== helpers
-
-
-def load_merged(config: Config) -> tuple[ImageData, int]:
-    """The images of both parts as one training part, and how many of them were training images."""
-    superclasses = config.data == "cifar100-20"
-    data = load(replace(config, data="cifar100") if superclasses else config, need_classes=False)
-    if superclasses:
-        if data.n_classes != len(_SUPERCLASS):
-            raise UserError(f"--data cifar100-20: the file of cifar100 names {data.n_classes} classes, not 100")
-        coarse = torch.tensor(_SUPERCLASS)
-        data = replace(data, name="cifar100-20", y_train=coarse[data.y_train], y_test=coarse[data.y_test])
-        data = replace(data, class_names=cluster_names(20))
-    n_train = len(data.x_train)
-    files = data.files + tuple(f"test {i}" for i in range(len(data.x_test))) if data.files else ()
-    merged = replace(
-        data,
-        x_train=torch.cat([data.x_train, data.x_test]),
-        y_train=torch.cat([data.y_train, data.y_test]),
-        x_test=data.x_test[:0],
-        y_test=data.y_test[:0],
-        files=files,
-    )
-    return merged, n_train
-
-
-def cluster_names(n_clusters: int) -> tuple[str, ...]:
-    return tuple(str(k) for k in range(n_clusters))
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -512,38 +463,6 @@ def write_results(run: Run, learner: Learner, n_train: int) -> None:
         print(f"  warning: {cause(last, config)}")
     print(f"  what the run left  {run.path}/report.html, assignments.npz, predictions.csv, metrics.jsonl")
     print(f"  assign new images  python -m methods.predict {run.path} IMAGE...")
-
-
-def export(path: Path, probabilities: Tensor, embeddings: Tensor) -> None:
-    """Write an .npz file of `probabilities` (N, K) and `embeddings` (N, D), float32, and `labels` (N,), int64.
-
-    Rows are the training images, then the test images; a label is the likeliest cluster.
-    """
-    arrays = {
-        "probabilities": probabilities.float().numpy(),
-        "embeddings": embeddings.float().numpy(),
-        "labels": probabilities.argmax(dim=1).numpy(),
-    }
-    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
-
-
-def matched(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
-    """int64 (K,): the cluster that stands for each class, one to one, as many images right as can be (Hungarian)."""
-    from scipy.optimize import linear_sum_assignment
-
-    counts = torch.bincount(truth * n_clusters + clusters, minlength=n_clusters**2).reshape(n_clusters, n_clusters)
-    return torch.from_numpy(linear_sum_assignment(counts.numpy(), maximize=True)[1])
-
-
-def assignment_sections(data: ImageData, probabilities: Tensor, embeddings: Tensor) -> list[Section]:
-    """Confusion after matching, or sizes of clusters where classes are unknown; embedding; least certain images."""
-    n_clusters, truth = probabilities.shape[1], data.y_train
-    known = bool((truth >= 0).all()) and n_clusters == data.n_classes
-    names = data.class_names if known else cluster_names(n_clusters)
-    if known:
-        probabilities = probabilities[:, matched(truth, probabilities.argmax(dim=1), n_clusters)]
-    images = HeldOut("images", data.x_train, truth, known, data.files)
-    return classification_sections(images, names, probabilities, embeddings[embedded(len(truth))])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from methods.bsc_ic import (
     load_merged,
     train,
 )
+from methods.common import sources
 from methods.common.errors import UserError
 from methods.common.run import load_checkpoint
 from methods.common.views import Views, colour_jitter, turn_hue
@@ -261,7 +262,7 @@ def test_without_both_discriminations_it_collapses_and_says_why(small: Config, n
 
 
 def test_superclasses_of_cifar100(small: Config, tmp_path: Path) -> None:
-    assert np.bincount(bsc_ic._SUPERCLASS).tolist() == [5] * 20
+    assert np.bincount(sources._SUPERCLASS).tolist() == [5] * 20
     classes = np.arange(100)
     images = np.zeros((100, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "cifar100.npz", x_train=images, y_train=classes, x_test=images, y_test=classes)

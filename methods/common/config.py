@@ -25,9 +25,9 @@ class RunConfig:
     preset: str = "digits"
     """Where all other defaults come from. Without it: the preset named like --data, else the first one."""
     data: str = "digits"
-    """Images: `digits` (nothing to download), `usps`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `mini-imagenet`,
-    `npz:FILE` (x_train, y_train, x_test, y_test; the last two may be missing, and classes -1 are unknown), or
-    `folder:DIR` (image files of any size, and labels.csv: file,label)."""
+    """Images: `digits` (nothing to download), `usps`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `cifar100-20`
+    (its superclasses), `mini-imagenet`, `npz:FILE` (x_train, y_train, x_test, y_test; the last two may be missing, and
+    classes -1 are unknown), or `folder:DIR` (image files of any size, and labels.csv: file,label)."""
     data_dir: str = field(default_factory=lambda: os.environ.get("FASTCLUST_DATA", "data"))
     """Folder of the sets that have a name: NAME.npz, or torchvision's files. Environment: FASTCLUST_DATA."""
     download: bool = False

@@ -5,9 +5,11 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from methods.common.config import RunConfig
@@ -31,6 +33,14 @@ _NAMED: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "mini-imagenet": (None, ()),
 }
 
+# CIFAR-100's superclass of each of its classes, these in alphabetical order.
+_SUPERCLASS = (
+    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
+    *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
+    *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
+    *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+)
+
 
 def load(config: RunConfig, *, need_classes: bool = True) -> ImageData:
     """The image set that the settings ask for (`data`, `data_dir`, `download`, `image_size`, `subset`, `seed`).
@@ -44,10 +54,12 @@ def load(config: RunConfig, *, need_classes: bool = True) -> ImageData:
         data = load_folder(Path(path), config.image_size, need_classes=need_classes)
     elif config.data == "digits":
         data = load_digits(config.seed)
+    elif config.data == "cifar100-20":
+        data = superclasses(load_named("cifar100", Path(config.data_dir), config.download))
     elif config.data in _NAMED:
         data = load_named(config.data, Path(config.data_dir), config.download)
     else:
-        names = ", ".join(("digits", *_NAMED))
+        names = ", ".join(("digits", *_NAMED, "cifar100-20"))
         raise UserError(f"--data {config.data} is unknown; there are {names}, npz:FILE and folder:DIR")
     return data.subset(config.subset, config.seed) if config.subset else data
 
@@ -92,6 +104,17 @@ def load_named(name: str, folder: Path, download: bool) -> ImageData:
     x_train, x_test = (np.asarray(part.data) for part in parts)
     y_train, y_test = (np.asarray(part.targets, dtype=np.int64) for part in parts)
     return assemble(name, x_train, y_train, x_test, y_test, class_names or tuple(getattr(parts[0], "classes", ())))
+
+
+def superclasses(data: ImageData) -> ImageData:
+    """CIFAR-100 with its twenty superclasses as the classes ("CIFAR-20")."""
+    if data.n_classes != len(_SUPERCLASS):
+        raise UserError(f"--data cifar100-20: the file of cifar100 names {data.n_classes} classes, not 100")
+    coarse = torch.tensor(_SUPERCLASS)
+    names = tuple(str(k) for k in range(20))
+    return replace(
+        data, name="cifar100-20", y_train=coarse[data.y_train], y_test=coarse[data.y_test], class_names=names
+    )
 
 
 def load_npz(path: Path, name: str = "", class_names: tuple[str, ...] = (), *, need_classes: bool = True) -> ImageData:

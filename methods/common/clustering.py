@@ -1,0 +1,85 @@
+"""What clusterings of images have in common: both parts merged, scores against classes, the file they leave."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastclust
+from methods.common.config import RunConfig
+from methods.common.data import HeldOut, ImageData
+from methods.common.report import Section, classification_sections, embedded
+from methods.common.run import write_whole
+from methods.common.sources import load
+
+
+def load_merged(config: RunConfig) -> tuple[ImageData, int]:
+    """The images of both parts as one training part, and how many of them were training images."""
+    data = load(config, need_classes=False)
+    return merged(data), len(data.x_train)
+
+
+def merged(data: ImageData) -> ImageData:
+    """The training images, then the test images, as one training part."""
+    files = data.files + tuple(f"test {i}" for i in range(len(data.x_test))) if data.files else ()
+    return replace(
+        data,
+        x_train=torch.cat([data.x_train, data.x_test]),
+        y_train=torch.cat([data.y_train, data.y_test]),
+        x_test=data.x_test[:0],
+        y_test=data.y_test[:0],
+        files=files,
+    )
+
+
+def cluster_names(n_clusters: int) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(n_clusters))
+
+
+def scores(truth: Tensor, clusters: Tensor) -> dict[str, float]:
+    """ACC, NMI and ARI over the images whose class is known, if any is. No decision of a run depends on them."""
+    known = truth >= 0
+    if not known.any():
+        return {}
+    truth, clusters = truth[known], clusters[known]
+    return {
+        "acc": 100 * fastclust.metrics.cluster_accuracy(truth, clusters),
+        "nmi": fastclust.metrics.normalized_mutual_info(truth, clusters),
+        "ari": fastclust.metrics.adjusted_rand(truth, clusters),
+    }
+
+
+def matched(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
+    """int64 (K,): the cluster that stands for each class, one to one, as many images right as can be (Hungarian)."""
+    from scipy.optimize import linear_sum_assignment
+
+    counts = torch.bincount(truth * n_clusters + clusters, minlength=n_clusters**2).reshape(n_clusters, n_clusters)
+    return torch.from_numpy(linear_sum_assignment(counts.numpy(), maximize=True)[1])
+
+
+def export(path: Path, probabilities: Tensor, embeddings: Tensor) -> None:
+    """Write an .npz file of `probabilities` (N, K) and `embeddings` (N, D), float32, and `labels` (N,), int64.
+
+    Rows are the training images, then the test images; a label is the likeliest cluster.
+    """
+    arrays = {
+        "probabilities": probabilities.float().numpy(),
+        "embeddings": embeddings.float().numpy(),
+        "labels": probabilities.argmax(dim=1).numpy(),
+    }
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def assignment_sections(data: ImageData, probabilities: Tensor, embeddings: Tensor) -> list[Section]:
+    """Confusion after matching, or sizes of clusters where classes are unknown; embedding; least certain images."""
+    n_clusters, truth = probabilities.shape[1], data.y_train
+    known = bool((truth >= 0).all()) and n_clusters == data.n_classes
+    names = data.class_names if known else cluster_names(n_clusters)
+    if known:
+        probabilities = probabilities[:, matched(truth, probabilities.argmax(dim=1), n_clusters)]
+    images = HeldOut("images", data.x_train, truth, known, data.files)
+    return classification_sections(images, names, probabilities, embeddings[embedded(len(truth))])
