@@ -25,11 +25,11 @@ from torch import Tensor
 import fastclust
 from methods.common import autoencoder
 from methods.common.augment import Augment, to_float
-from methods.common.autoencoder import reconstruction_loss
+from methods.common.autoencoder import Reconstruction, reconstruction_loss
 from methods.common.config import RunConfig, launch, require_above_zero, require_not_negative
 from methods.common.data import HeldOut, ImageData, choose_labelled, choose_percent
 from methods.common.errors import UserError
-from methods.common.pretraining import Pretraining, Settings
+from methods.common.pretraining import Settings
 from methods.common.progress import Progress, in_short
 from methods.common.report import Section, classification_sections, curves, embedded, embedding, gallery, page
 from methods.common.run import Run
@@ -246,7 +246,7 @@ class Learner:
         self.start_figures: dict[str, float] = {}
         self.start_features = torch.empty(0)
 
-    def pretraining(self) -> Pretraining:
+    def pretraining(self) -> Reconstruction:
         """The training of the autoencoder alone, or what is kept of an earlier one."""
         config = self.config
         settings = Settings(
@@ -256,7 +256,7 @@ class Learner:
             batch=config.pretrain_batch,
         )
         folder = Path(config.cache or Path(config.runs) / "autoencoders")
-        return Pretraining(self.network, self.architecture, self.data, settings, folder)
+        return Reconstruction(self.network, self.architecture, self.data, settings, folder)
 
     def start(self) -> None:
         """Put the centres on the means of the labelled features (eq. 9)."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastclust
+from methods.common.augment import to_float
+from methods.common.data import ImageData
 from methods.common.errors import UserError
+from methods.common.pretraining import Pretraining, Settings
 
 NAME = "cluster-autoencoder"
 
@@ -100,3 +104,26 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, scale: str = "sum") -> 
     """Squared errors, `sum`med over an image or their `mean`, and the mean over images (ClusterNet, eq. 8)."""
     error = (decoded - images).square().flatten(start_dim=1)
     return (error.sum(dim=1) if scale == "sum" else error.mean(dim=1)).mean()
+
+
+class Reconstruction(Pretraining):
+    """Adam on the reconstruction loss alone (ClusterNet, 5.1)."""
+
+    title, loss_name = "autoencoder", "L_recon"
+
+    def __init__(
+        self,
+        network: ClusterAutoencoder,
+        architecture: dict[str, Any],
+        data: ImageData,
+        settings: Settings,
+        folder: Path,
+    ):
+        # Which features the clustering sees does not matter yet.
+        shape = {name: value for name, value in architecture.items() if name != "drop_features"}
+        optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=True)
+        super().__init__(network, shape, optimizer, data, settings, folder)
+
+    def loss(self, images: Tensor) -> Tensor:
+        pixels = to_float(images)
+        return reconstruction_loss(self.network.decode(self.network.features(pixels)), pixels)

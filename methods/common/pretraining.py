@@ -1,18 +1,18 @@
-"""An autoencoder trained alone, once for an image set and its settings, and kept for all runs."""
+"""A network trained before a method begins, once for an image set and its settings, and kept for all runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
-from methods.common.augment import to_float
-from methods.common.autoencoder import ClusterAutoencoder, reconstruction_loss
 from methods.common.data import ImageData
 from methods.common.errors import UserError
 from methods.common.progress import Progress
@@ -22,7 +22,7 @@ from methods.common.training import shuffled
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of Adam on the reconstruction loss; `seed` fixes every draw."""
+    """What every such training has; `seed` fixes every draw."""
 
     seed: int
     epochs: int
@@ -30,41 +30,53 @@ class Settings:
     batch: int
 
 
-class Pretraining:
-    """Reconstruction alone on all training images (ClusterNet, 5.1), kept under a hash of the images and the settings.
+class Pretraining(ABC):
+    """Training on all training images without classes, kept under a hash of the images and the settings.
 
-    It draws from its own seed, so that a run that finds a trained autoencoder is the same bit for bit as the one that
+    It draws from its own seed, so that a run that finds a trained network is the same bit for bit as the one that
     trained it. What is begun is kept too, after each epoch, and the next run goes on with it.
+
+    A subclass says what the `loss` of a batch is, and names what is trained, its loss and the option of its rate.
 
     Args:
         network: takes on the kept weights at once, if there are any.
-        architecture: what the network was built from.
-        folder: where trained autoencoders are kept.
+        architecture: what the network was built from, as far as the weights depend on it.
+        folder: where trained networks are kept.
 
     Attributes:
         epoch: how many are done.
-        losses: mean loss of each, summed over pixels.
+        losses: mean loss of each.
     """
+
+    title: ClassVar[str]
+    loss_name: ClassVar[str]
+    lr_option: ClassVar[str] = "--pretrain-lr"
 
     def __init__(
         self,
-        network: ClusterAutoencoder,
+        network: nn.Module,
         architecture: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
         data: ImageData,
         settings: Settings,
         folder: Path,
     ):
-        self.network, self.images, self.settings = network, data.x_train, settings
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=True)
+        self.network, self.optimizer, self.images, self.settings = network, optimizer, data.x_train, settings
         self.steps = math.ceil(len(self.images) / settings.batch)
         images = hashlib.sha256(self.images.cpu().contiguous().numpy())
-        # Which features the clustering sees does not matter yet.
-        shape = {name: value for name, value in architecture.items() if name != "drop_features"}
-        depends_on = json.dumps([asdict(settings), shape], sort_keys=True)
+        depends_on = json.dumps([asdict(settings), architecture], sort_keys=True)
         key = hashlib.sha256(images.digest() + depends_on.encode()).hexdigest()[:16]
         self.finished, self.begun = folder / f"{data.name}-{key}.pt", folder / f"{data.name}-{key}.begun.pt"
         self.epoch, self.losses, self._rng = 0, [], None
         self._restore()
+
+    @abstractmethod
+    def loss(self, images: Tensor) -> Tensor:
+        """The loss of a batch of uint8 images (n, C, H, W)."""
+
+    def learning_rate(self, epoch: int) -> float:
+        """The rate in that epoch, counted from 0."""
+        return self.settings.lr
 
     @property
     def total_steps(self) -> int:
@@ -86,23 +98,24 @@ class Pretraining:
             self.losses.append(self._pass(progress))
             self.epoch += 1
             self._save(self.finished if self.epoch == last else self.begun)
-            progress.epoch(f"autoencoder {self.epoch:3}/{last}", {"L_recon": f"{self.losses[-1]:.3f}"})
+            progress.epoch(f"{self.title} {self.epoch:3}/{last}", {self.loss_name: f"{self.losses[-1]:.3f}"})
         self.begun.unlink(missing_ok=True)
 
     def _pass(self, progress: Progress) -> float:
         """One pass over all images. Returns the mean loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.epoch)
         total = torch.zeros((), device=self.images.device)
         for batch in shuffled(torch.arange(len(self.images), device=self.images.device), self.steps):
-            images = to_float(self.images[batch])
-            loss = reconstruction_loss(self.network.decode(self.network.features(images)), images)
+            loss = self.loss(self.images[batch])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             total += loss.detach()
-            progress.step("autoencoder")
+            progress.step(self.title)
         mean = float(total) / self.steps
         if not math.isfinite(mean):
-            raise UserError("the autoencoder's loss is no longer finite; a lower --pretrain-lr may help")
+            raise UserError(f"the {self.title}'s loss is no longer finite; a lower {self.lr_option} may help")
         return mean
 
     def _restore(self) -> None:
