@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import fastclust
 from methods.common import networks
-from methods.common.clustering import assignment_sections, cluster_names, export, load_merged, scores
+from methods.common.clustering import assignment_sections, cluster_names, export, health, load_merged, scores
 from methods.common.config import RunConfig, launch, require_above_zero, require_not_negative
 from methods.common.data import ImageData
 from methods.common.errors import UserError
@@ -354,25 +354,6 @@ def move_average(target: nn.Module, online: nn.Module, tau: float) -> None:
 # =============================================================================================================== health
 
 
-def health(probabilities: Tensor) -> dict[str, float]:
-    """What of soft assignments (N, K) tells a clustering from a collapse.
-
-    Returns:
-        clusters: K. used: clusters that are the likeliest of some image. entropy: of the mean assignment, over ln K.
-        confidence: mean probability of the likeliest cluster. information: of an image about its cluster,
-        H(mean p) - mean H(p), over ln K: 0 where all images get the same assignment, sharp or soft.
-    """
-    p, scale = probabilities.double(), math.log(probabilities.shape[1])
-    entropy = float(torch.special.entr(p.mean(dim=0)).sum()) / scale
-    return {
-        "clusters": probabilities.shape[1],
-        "used": len(p.argmax(dim=1).unique()),
-        "entropy": entropy,
-        "confidence": float(p.amax(dim=1).mean()),
-        "information": entropy - float(torch.special.entr(p).sum(dim=1).mean()) / scale,
-    }
-
-
 def collapsed(metrics: dict[str, Any], config: Config) -> bool:
     """Whether an epoch of the second half left the same assignment to all images, or half of the clusters empty."""
     if metrics["epoch"] <= config.epochs / 2:
@@ -429,7 +410,7 @@ def write_results(run: Run, learner: Learner, n_train: int) -> None:
     config, data = learner.config, learner.data.to(torch.device("cpu"))
     probabilities, embeddings = learner.probabilities().cpu(), learner.embeddings().cpu()
     clusters, truth = probabilities.argmax(dim=1), data.y_train
-    export(run.path / "assignments.npz", probabilities, embeddings)
+    export(run.path / "assignments.npz", probabilities, embeddings, n_train)
     named = replace(data, class_names=cluster_names(learner.n_clusters))
     run.write_predictions(named, torch.full_like(truth, -1), probabilities, probabilities[:0])
 

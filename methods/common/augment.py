@@ -28,6 +28,7 @@ class Augment:
         scale: greatest relative change of size; 0.1 is 0.9 … 1.1.
         shift: greatest move in pixels, fractions included; what comes in from outside is black.
         rand_augment: operations of RandAugment on top of that.
+        cutout: side in pixels of a black square anywhere on the image, cut off at its border (DeVries and Taylor 2017).
     """
 
     pad: int = 0
@@ -36,6 +37,7 @@ class Augment:
     scale: float = 0.0
     shift: float = 0.0
     rand_augment: int = 0
+    cutout: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augmented float32 images in [0, 1] from uint8 images, both (N, C, H, W)."""
@@ -44,7 +46,8 @@ class Augment:
         images = to_float(images)
         if self.rotate or self.scale or self.shift:
             images = self._resample(images)
-        return rand_augment(images, self.rand_augment)
+        images = rand_augment(images, self.rand_augment)
+        return self._cut_out(images) if self.cutout else images
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape
@@ -72,6 +75,15 @@ class Augment:
         )
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+
+    def _cut_out(self, images: Tensor) -> Tensor:
+        n, _, height, width = images.shape
+        inside = []
+        for size in (height, width):
+            first = torch.randint(size, (n, 1), device=images.device) - self.cutout // 2
+            place = torch.arange(size, device=images.device)
+            inside.append((place >= first) & (place < first + self.cutout))
+        return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
 def _mirrored(position: Tensor, size: int) -> Tensor:

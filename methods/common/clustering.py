@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def cluster_names(n_clusters: int) -> tuple[str, ...]:
     return tuple(str(k) for k in range(n_clusters))
 
 
+def health(probabilities: Tensor) -> dict[str, float]:
+    """What of soft assignments (N, K) tells a clustering from a collapse.
+
+    Returns:
+        clusters: K. used: clusters that are the likeliest of some image. entropy: of the mean assignment, over ln K.
+        confidence: mean probability of the likeliest cluster. information: of an image about its cluster,
+        H(mean p) - mean H(p), over ln K: 0 where all images get the same assignment, sharp or soft.
+    """
+    p, scale = probabilities.double(), math.log(probabilities.shape[1])
+    entropy = float(torch.special.entr(p.mean(dim=0)).sum()) / scale
+    return {
+        "clusters": probabilities.shape[1],
+        "used": len(p.argmax(dim=1).unique()),
+        "entropy": entropy,
+        "confidence": float(p.amax(dim=1).mean()),
+        "information": entropy - float(torch.special.entr(p).sum(dim=1).mean()) / scale,
+    }
+
+
 def scores(truth: Tensor, clusters: Tensor) -> dict[str, float]:
     """ACC, NMI and ARI over the images whose class is known, if any is. No decision of a run depends on them."""
     known = truth >= 0
@@ -61,15 +81,17 @@ def matched(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(counts.numpy(), maximize=True)[1])
 
 
-def export(path: Path, probabilities: Tensor, embeddings: Tensor) -> None:
-    """Write an .npz file of `probabilities` (N, K) and `embeddings` (N, D), float32, and `labels` (N,), int64.
+def export(path: Path, probabilities: Tensor, embeddings: Tensor, n_train: int) -> None:
+    """Write an .npz file of `probabilities` (N, K) and `embeddings` (N, D), float32, `labels` and `split` (N,).
 
-    Rows are the training images, then the test images; a label is the likeliest cluster.
+    Rows are the n_train training images, then the test images: `split`, int8, is 0 and 1. A label, int64, is the
+    likeliest cluster.
     """
     arrays = {
         "probabilities": probabilities.float().numpy(),
         "embeddings": embeddings.float().numpy(),
         "labels": probabilities.argmax(dim=1).numpy(),
+        "split": (np.arange(len(probabilities)) >= n_train).astype(np.int8),
     }
     write_whole(path, lambda file: np.savez_compressed(file, **arrays))
 

@@ -26,8 +26,8 @@ class RunConfig:
     """Where all other defaults come from. Without it: the preset named like --data, else the first one."""
     data: str = "digits"
     """Images: `digits` (nothing to download), `usps`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `cifar100-20`
-    (its superclasses), `mini-imagenet`, `npz:FILE` (x_train, y_train, x_test, y_test; the last two may be missing, and
-    classes -1 are unknown), or `folder:DIR` (image files of any size, and labels.csv: file,label)."""
+    (its superclasses), `stl10`, `mini-imagenet`, `npz:FILE` (x_train, y_train, x_test, y_test; the last two may be
+    missing, and classes -1 are unknown), or `folder:DIR` (image files of any size, and labels.csv: file,label)."""
     data_dir: str = field(default_factory=lambda: os.environ.get("FASTCLUST_DATA", "data"))
     """Folder of the sets that have a name: NAME.npz, or torchvision's files. Environment: FASTCLUST_DATA."""
     download: bool = False
@@ -36,6 +36,8 @@ class RunConfig:
     """Side in pixels to which the images of a folder are brought; other data keep theirs."""
     subset: int = 0
     """Train on that many of the training images, every class in proportion; 0 takes all."""
+    subset_test: int = 0
+    """Take that many of the test images, every class in proportion; 0 takes all."""
     splits: int = 1
     """Run that many seeds, `seed` being the first, and tell mean and deviation."""
     vary: str = ""

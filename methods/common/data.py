@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,21 +65,25 @@ class ImageData:
     def _class_known(truth: Tensor) -> bool:
         return bool(len(truth)) and bool((truth >= 0).all())
 
-    def subset(self, n_images: int, seed: int) -> ImageData:
-        """A part of the training images with every class in proportion, drawn by the seed; the test part stays."""
-        if n_images > len(self.x_train):
-            raise UserError(f"--subset {n_images} is more than the {len(self.x_train)} training images")
+    def subset(self, n_images: int, seed: int, part: Literal["train", "test"] = "train") -> ImageData:
+        """A part of the training or test images with every class in proportion, drawn by the seed; the rest stays."""
+        option, what = ("--subset", "training") if part == "train" else ("--subset-test", "test")
+        images, truth = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
+        if n_images > len(images):
+            raise UserError(f"{option} {n_images} is more than the {len(images)} {what} images")
         if n_images < self.n_classes:
-            raise UserError(f"--subset {n_images} is fewer than one for each of the {self.n_classes} classes")
-        classes = self.y_train.numpy()
+            raise UserError(f"{option} {n_images} is fewer than one for each of the {self.n_classes} classes")
+        classes = truth.numpy()
         order = np.random.default_rng(seed).permutation(len(classes))
         place = np.empty(len(classes))  # of an image among those of its class, from 0 to 1
         for label in np.unique(classes):
             members = order[classes[order] == label]
             place[members] = np.arange(len(members)) / len(members)
         chosen = np.sort(np.argsort(place, kind="stable")[:n_images])
-        files = tuple(self.files[index] for index in chosen) if self.files else ()
-        return replace(self, x_train=self.x_train[chosen], y_train=self.y_train[chosen], files=files)
+        fewer = {f"x_{part}": images[chosen], f"y_{part}": truth[chosen]}
+        if part == "train" and self.files:
+            fewer["files"] = tuple(self.files[index] for index in chosen)
+        return replace(self, **fewer)
 
     def hold_out(self, share: float, seed: int) -> ImageData:
         """The images of both parts split afresh: a test part of that share, every class in proportion."""

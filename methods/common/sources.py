@@ -30,6 +30,7 @@ _NAMED: dict[str, tuple[str | None, tuple[str, ...]]] = {
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
     "cifar100": ("CIFAR100", ()),
+    "stl10": ("STL10", ()),
     "mini-imagenet": (None, ()),
 }
 
@@ -43,7 +44,7 @@ _SUPERCLASS = (
 
 
 def load(config: RunConfig, *, need_classes: bool = True) -> ImageData:
-    """The image set that the settings ask for (`data`, `data_dir`, `download`, `image_size`, `subset`, `seed`).
+    """The image set that the settings ask for (`data`, `data_dir`, `download`, `image_size`, `subset…`, `seed`).
 
     Without `need_classes` a file or a folder may know no classes.
     """
@@ -61,7 +62,9 @@ def load(config: RunConfig, *, need_classes: bool = True) -> ImageData:
     else:
         names = ", ".join(("digits", *_NAMED, "cifar100-20"))
         raise UserError(f"--data {config.data} is unknown; there are {names}, npz:FILE and folder:DIR")
-    return data.subset(config.subset, config.seed) if config.subset else data
+    if config.subset:
+        data = data.subset(config.subset, config.seed)
+    return data.subset(config.subset_test, config.seed, "test") if config.subset_test else data
 
 
 def load_digits(seed: int) -> ImageData:
@@ -91,7 +94,7 @@ def load_named(name: str, folder: Path, download: bool) -> ImageData:
     from torchvision import datasets
 
     try:
-        parts = [getattr(datasets, source)(str(folder), train=train, download=download) for train in (True, False)]
+        parts = [getattr(datasets, source)(str(folder), **part, download=download) for part in _parts(source)]
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
         if download:
             raise UserError(
@@ -102,8 +105,17 @@ def load_named(name: str, folder: Path, download: bool) -> ImageData:
             f"with --data-dir or FASTCLUST_DATA, or add --download"
         ) from None
     x_train, x_test = (np.asarray(part.data) for part in parts)
-    y_train, y_test = (np.asarray(part.targets, dtype=np.int64) for part in parts)
+    if source == "STL10":
+        x_train, x_test = (np.moveaxis(images, 1, 3) for images in (x_train, x_test))
+    y_train, y_test = (np.asarray(part.labels if source == "STL10" else part.targets, np.int64) for part in parts)
     return assemble(name, x_train, y_train, x_test, y_test, class_names or tuple(getattr(parts[0], "classes", ())))
+
+
+def _parts(source: str) -> list[dict[str, object]]:
+    """What torchvision's class of that name calls its training and its test part."""
+    if source == "STL10":
+        return [{"split": "train"}, {"split": "test"}]
+    return [{"train": True}, {"train": False}]
 
 
 def superclasses(data: ImageData) -> ImageData:
