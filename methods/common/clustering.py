@@ -81,6 +81,15 @@ def matched(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(counts.numpy(), maximize=True)[1])
 
 
+def class_of_cluster(truth: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
+    """int64 (K,): the class that each cluster stands for, by the Hungarian method; one that no image has where none."""
+    n = max(n_clusters, int(truth.max()) + 1)
+    cluster_of_class = matched(truth, clusters, n)
+    stands_for = torch.empty(n, dtype=torch.long)
+    stands_for[cluster_of_class] = torch.arange(n)
+    return stands_for[:n_clusters]
+
+
 def export(path: Path, probabilities: Tensor, embeddings: Tensor, n_train: int) -> None:
     """Write an .npz file of `probabilities` (N, K) and `embeddings` (N, D), float32, `labels` and `split` (N,).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -53,6 +54,23 @@ class Classifier(nn.Module):
         return self.head(self.features(images)).float()
 
 
+class Ensemble(nn.Module):
+    """Classifiers that answer together: by the mean of their probabilities."""
+
+    def __init__(self, members: list[Classifier]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def features(self, images: Tensor) -> Tensor:
+        """All members' features side by side, float32 (N, members · n_features)."""
+        return torch.cat([member.features(images) for member in self.members], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log of the mean probability, float32 (N, n_outputs)."""
+        logs = torch.stack([member(images).log_softmax(dim=1) for member in self.members])
+        return logs.logsumexp(dim=0) - math.log(len(logs))
+
+
 def build(
     name: str,
     *,
@@ -61,11 +79,17 @@ def build(
     n_outputs: int,
     weight_norm: bool,
     unit_length: bool = True,
-) -> Classifier:
+    members: int = 1,
+) -> Classifier | Ensemble:
     """The network called `name`; all arguments together are what a checkpoint needs to build it again.
 
-    `weight_norm`: weight normalisation on convolutions and head. `unit_length`: of the features.
+    `weight_norm`: weight normalisation on convolutions and head. `unit_length`: of the features. `members`: so many of
+    them in one ensemble.
     """
+    if members > 1:
+        shape = {"n_channels": n_channels, "image_size": image_size, "n_outputs": n_outputs}
+        kind = {"weight_norm": weight_norm, "unit_length": unit_length}
+        return Ensemble([build(name, **shape, **kind) for _ in range(members)])
     if name in _CONVNETS:
         width, convs_per_block = _CONVNETS[name]
         body = nn.Sequential(*_convnet(n_channels, min(image_size), width, convs_per_block))

@@ -115,7 +115,7 @@ def curves(
     shown = {title: lines for title, lines in shown.items() if lines}
     columns = min(len(shown), 3)
     rows_of_panels = -(-len(shown) // columns)
-    figure, axes = _figure((3.5 * columns, 3.0 * rows_of_panels), rows_of_panels, columns)
+    figure, axes = new_figure((3.5 * columns, 3.0 * rows_of_panels), rows_of_panels, columns)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for axis, (title, lines) in zip(axes, shown.items(), strict=False):
@@ -127,7 +127,7 @@ def curves(
         if from_zero:
             axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
-    return _drawn(figure, f"curves over {what or over}")
+    return drawn(figure, f"curves over {what or over}")
 
 
 def confusion(truth: Tensor, predicted: Tensor, class_names: Sequence[str]) -> str:
@@ -136,7 +136,7 @@ def confusion(truth: Tensor, predicted: Tensor, class_names: Sequence[str]) -> s
     counts = np.zeros((n_classes, n_classes), dtype=int)
     np.add.at(counts, (truth.numpy(), predicted.numpy()), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, (axis,) = _figure((5.5, 5.5))
+    figure, (axis,) = new_figure((5.5, 5.5))
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if n_classes <= 20:
         axis.set_xticks(range(n_classes), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
@@ -146,18 +146,18 @@ def confusion(truth: Tensor, predicted: Tensor, class_names: Sequence[str]) -> s
             axis.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    return _drawn(figure, "confusion matrix")
+    return drawn(figure, "confusion matrix")
 
 
 def bars(classes: Tensor, class_names: Sequence[str]) -> str:
     """How many images have each class."""
     counts = torch.bincount(classes, minlength=len(class_names))
-    figure, (axis,) = _figure((min(2 + 0.45 * len(class_names), 9.0), 2.8))
+    figure, (axis,) = new_figure((min(2 + 0.45 * len(class_names), 9.0), 2.8))
     axis.bar(range(len(class_names)), counts.numpy())
     if len(class_names) <= 20:
         axis.set_xticks(range(len(class_names)), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
     axis.set_ylabel("images")
-    return _drawn(figure, "images per class")
+    return drawn(figure, "images per class")
 
 
 def embedded(n_images: int) -> Tensor:
@@ -170,7 +170,7 @@ def embedding(features: Mapping[str, Tensor], classes: Tensor, class_names: Sequ
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, max((len(classes) - 1) / 3, 1.0))
-    figure, axes = _figure((7.5, 6.0) if len(features) == 1 else (4.6 * len(features) + 0.8, 4.4), 1, len(features))
+    figure, axes = new_figure((7.5, 6.0) if len(features) == 1 else (4.6 * len(features) + 0.8, 4.4), 1, len(features))
     for axis, (title, rows) in zip(axes, features.items(), strict=True):
         layout = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(rows.numpy())
         points = axis.scatter(
@@ -182,7 +182,7 @@ def embedding(features: Mapping[str, Tensor], classes: Tensor, class_names: Sequ
     if len(class_names) <= 20:
         handles, _ = points.legend_elements(num=range(len(class_names)))
         axes[-1].legend(handles, class_names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return _drawn(figure, "features in two dimensions")
+    return drawn(figure, "features in two dimensions")
 
 
 def gallery(images: Tensor, titles: Sequence[str]) -> str:
@@ -197,7 +197,7 @@ def gallery(images: Tensor, titles: Sequence[str]) -> str:
     return f'<div class="gallery">{"".join(parts)}</div>'
 
 
-def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+def new_figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
     """A figure outside pyplot, so that nothing has to be closed and no display is looked for; size in inches."""
     from matplotlib.figure import Figure
 
@@ -205,7 +205,7 @@ def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _drawn(figure: Any, what: str) -> str:
+def drawn(figure: Any, what: str) -> str:
     """The figure as an <img>."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
