@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fastclust
 from methods.common import bases, networks
-from methods.common.augment import Augment
+from methods.common.augment import Augment, cut_out
 from methods.common.bases import Base
 from methods.common.clustering import cluster_names, merged
 from methods.common.config import launch
@@ -93,11 +93,11 @@ def load_with_base(config: Config) -> tuple[ImageData, Base, int]:
     source = bases.find(config.base)
     data = load(bases.same_images(config, source), need_classes=False)
     base, n_train = bases.read(source, data), len(data.x_train)
-    if config.part == "all" and len(base.probabilities) == n_train and len(data.x_test):
-        raise UserError(f"--part all: --base {config.base} knows the {n_train} training images only")
     if config.part == "train":
-        base = bases.first(base, n_train, config.base)
-    return (merged(data) if len(base.probabilities) > n_train else data), base, n_train
+        return data, bases.first(base, n_train, config.base), n_train
+    if len(base.probabilities) == n_train and len(data.x_test):
+        raise UserError(f"--part all: --base {config.base} knows the {n_train} training images only")
+    return merged(data), base, n_train
 
 
 class Learner:
@@ -435,19 +435,6 @@ def co_refurbish(labels: Tensor, clean: Tensor, predictions: list[Tensor], thres
     confidence, answer = confidence.gather(0, surer)[0], answer.gather(0, surer)[0]
     found = ~clean & (confidence > threshold)
     return torch.where(found, answer, labels), clean | found
-
-
-def cut_out(images: Tensor, side: int) -> Tensor:
-    """Images (N, C, H, W) with a square of that side blacked out, its centre anywhere in the image."""
-    n, _, height, width = images.shape
-
-    def outside(size: int) -> Tensor:
-        centre = torch.randint(size, (n, 1), device=images.device)
-        place = torch.arange(size, device=images.device)
-        return (place < centre - side // 2) | (place >= centre - side // 2 + side)
-
-    keep = outside(height)[:, :, None] | outside(width)[:, None, :]
-    return images * keep[:, None]
 
 
 if __name__ == "__main__":

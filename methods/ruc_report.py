@@ -128,7 +128,7 @@ def write_results(
         Answer("RUC", with_test(learner.assignments(), lambda x: learner.predict(ours, x)), ours),
     ]
     probabilities = answers[1].probabilities
-    export(run.path / "assignments.npz", probabilities, with_test(learner.features(), learner.features))
+    export(run.path / "assignments.npz", probabilities, with_test(learner.features(), learner.features), n_train)
     named = replace(data, class_names=cluster_names(learner.n_clusters))
     n = len(data.x_train)
     run.write_predictions(named, torch.full((n,), -1), probabilities[:n], probabilities[n:])

@@ -19,8 +19,8 @@ class Config(RunConfig):
     test images."""
     clusters: int = 0
     """Clusters of the base `kmeans`; 0 takes the number of classes that the data name."""
-    part: Literal["auto", "train", "all"] = "auto"
-    """Images to train on: the training images, or the test images too; auto: as many as the base knows."""
+    part: Literal["train", "all"] = "train"
+    """Images to train on: the training images, or the test images too, if the base knows them."""
     compat: Literal["paper", "released"] = "paper"
     """`released`: the authors' published code where it departs from the paper, over the settings it concerns."""
 

@@ -161,13 +161,6 @@ def test_schedules() -> None:
     assert (released.batch, released.refurbish, released.ramp_floor, released.crop) == (250, "batch", 0.1, 0.2)
 
 
-def test_a_square_is_cut_out() -> None:
-    blank = (ruc.cut_out(torch.ones(500, 2, 9, 9), 4) == 0).sum(dim=(2, 3))
-    assert torch.equal(blank[:, 0], blank[:, 1])
-    assert blank.max() == 16
-    assert blank.min() >= 4  # its centre is inside
-
-
 def test_a_fixed_magnitude_goes_so_far_and_no_further() -> None:
     images = torch.full((600, 1, 8, 8), 0.5)
     dark = {"brightness": RUC_OPERATIONS["brightness"]}
@@ -311,7 +304,7 @@ def test_a_run_mends_its_base_and_leaves_its_files(small: Config, tmp_path: Path
         arrays["probabilities"][90:].max(axis=1).tolist(), abs=1e-4
     )
     # And its folder is a base itself, of all images, whose backbone is not taken, for it is of two networks.
-    again, found, n_train = ruc.load_with_base(dataclasses.replace(config, base=str(run.path)))
+    again, found, n_train = ruc.load_with_base(dataclasses.replace(config, base=str(run.path), part="all"))
     assert len(again.x_train) == 120
     assert n_train == 90
     assert isinstance(found.network, networks.Ensemble)
@@ -387,7 +380,7 @@ def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, stripe
     arrays["probabilities"][np.arange(90), np.arange(90) % 3] = 0.998
     np.savez(folder / "assignments.npz", **arrays)
     config = dataclasses.replace(small, base=str(folder), strategy="confidence")
-    data, base, n_train = ruc.load_with_base(config)
+    data, base, n_train = ruc.load_with_base(dataclasses.replace(config, part="all"))
     assert (len(data.x_train), n_train) == (90, 60)
     assert base.network is not None
     learner = Learner(config, data.x_train, data.pixel_statistics(), base, torch.ones(90, dtype=torch.bool))

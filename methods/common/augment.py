@@ -47,7 +47,7 @@ class Augment:
         if self.rotate or self.scale or self.shift:
             images = self._resample(images)
         images = rand_augment(images, self.rand_augment)
-        return self._cut_out(images) if self.cutout else images
+        return cut_out(images, self.cutout) if self.cutout else images
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape
@@ -76,14 +76,16 @@ class Augment:
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
-    def _cut_out(self, images: Tensor) -> Tensor:
-        n, _, height, width = images.shape
-        inside = []
-        for size in (height, width):
-            first = torch.randint(size, (n, 1), device=images.device) - self.cutout // 2
-            place = torch.arange(size, device=images.device)
-            inside.append((place >= first) & (place < first + self.cutout))
-        return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+def cut_out(images: Tensor, side: int) -> Tensor:
+    """Images (N, C, H, W) that each lose a square of that many pixels to black, anywhere, cut off at the border."""
+    n, _, height, width = images.shape
+    inside = []
+    for size in (height, width):
+        first = torch.randint(size, (n, 1), device=images.device) - side // 2
+        place = torch.arange(size, device=images.device)
+        inside.append((place >= first) & (place < first + side))
+    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
 def _mirrored(position: Tensor, size: int) -> Tensor:

@@ -65,9 +65,11 @@ def same_images(config: ConfigT, source: Source) -> ConfigT:
         return config
     if source.settings["data"] != config.data:
         raise UserError(f"--base {source.name} is of --data {source.settings['data']}, not {config.data}")
-    if config.subset not in (0, source.settings["subset"]):
-        raise UserError(f"--base {source.name} is of --subset {source.settings['subset']}, not {config.subset}")
-    return replace(config, **{name: source.settings[name] for name in ("subset", "image_size", "seed")})
+    for name in ("subset", "subset_test"):
+        if getattr(config, name) not in (0, source.settings[name]):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--base {source.name} is of {option} {source.settings[name]}, not {getattr(config, name)}")
+    return replace(config, **{name: source.settings[name] for name in ("subset", "subset_test", "image_size", "seed")})
 
 
 def read(source: Source, data: ImageData) -> Base:
@@ -81,7 +83,7 @@ def read(source: Source, data: ImageData) -> Base:
     if len(probabilities) not in (n_train, n_all):
         raise UserError(
             f"--base {path} holds {len(probabilities)} rows, the data {n_train} training images ({n_all} with the test "
-            f"images): give it the images it was made of (--data, --subset, --seed)"
+            f"images): give it the images it was made of (--data, --subset, --subset-test, --seed)"
         )
     check_distribution(path, probabilities)
     embeddings = None
