@@ -81,6 +81,8 @@ class Config(RunConfig):
     """Mirror left and right, every second image; in every stage."""
     rotate: float = 0.0
     """Greatest rotation in degrees; SimCLR has none."""
+    shear: float = 0.0
+    """Greatest slant, the move to the side over the move down; SimCLR has none."""
     shift: float = 0.0
     """Greatest move in pixels, with black coming in; SimCLR has none."""
     jitter: float = 0.4
@@ -220,7 +222,7 @@ def architecture(config: Config, data: ImageData) -> dict[str, Any]:
 
 def views(config: Config) -> Views:
     """Of SimCLR."""
-    return Views(config.crop, config.flip, config.rotate, config.shift, config.jitter, config.grey)
+    return Views(config.crop, config.flip, config.rotate, config.shift, config.jitter, config.grey, config.shear)
 
 
 def embedder(config: Config, data: ImageData) -> SimCLR:
@@ -350,13 +352,14 @@ class Learner:
             self.network.eval()
             with torch.no_grad():
                 targets = self.network(to_float(images[batch])).softmax(dim=1)
-            self.network.train()
-            loss = self_label_loss(self.network(self.strong(images[batch])), targets, self.config.confidence)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            totals[0] += loss.detach()
-            totals[1] += (targets.amax(dim=1) > self.config.confidence).float().mean()
+            confident = targets.amax(dim=1) > self.config.confidence
+            if confident.any():  # else the loss is 0, and a step would be weight decay alone
+                self.network.train()
+                loss = self_label_loss(self.network(self.strong(images[batch])), targets, self.config.confidence)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                totals += torch.stack([loss.detach(), confident.float().mean()])
             progress.step("self-labelling")
         loss, confident = (mean_loss(total, n_steps) for total in totals)
         return {"loss": loss, "loss_self": loss, "confident": confident}
@@ -458,7 +461,7 @@ def check(config: Config, data: ImageData) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 2 or more")
     counts = ("epochs", "heads", "neighbours", "validation_neighbours", "projected", "kmeans_starts")
     require_above_zero(config, *counts, "lr", "pretrain_lr", "temperature", "kmeans_temperature")
-    shapes = ("rotate", "shift", "jitter", "pad", "strong", "cutout")
+    shapes = ("rotate", "shear", "shift", "jitter", "pad", "strong", "cutout")
     decays = ("decay", "pretrain_decay", "pretrain_momentum")
     require_not_negative(config, "pretrain_epochs", "self_epochs", "entropy_weight", *decays, *shapes)
     if config.neighbours >= n_images:

@@ -30,7 +30,19 @@ SHAPE = {
     "unit_length": False,
 }
 
-# -------------------------------------------------------------------------------------------------------------- SimCLR
+# --------------------------------------------------------------------------------------------------- views, and SimCLR
+
+
+def test_shear_slants_and_keeps_rows() -> None:
+    line = torch.zeros(200, 1, 33, 17, dtype=torch.uint8)
+    line[:, :, :, 8] = 255
+    views = Views(shear=0.4)(line)
+    place = (views[:, 0] * torch.arange(17)).sum(dim=2) / views[:, 0].sum(dim=2)
+    torch.testing.assert_close(place[:, 16], torch.full((200,), 8.0))
+    slant = (place[:, 20] - place[:, 12]) / 8
+    assert 0.38 < slant.max() <= 0.401
+    assert -0.401 <= slant.min() < -0.38
+    assert slant.mean().abs() < 0.06
 
 
 def test_nt_xent_is_simclrs_eq_1() -> None:

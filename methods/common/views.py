@@ -26,6 +26,7 @@ class Views:
         jitter: greatest relative change of brightness, contrast and saturation, a quarter of it the greatest turn of
             hue in circles, for four images in five; 0: none.
         grey: share of the images that lose their colour.
+        shear: greatest slant, the move to the side over the move down.
     """
 
     crop: float = 1.0
@@ -34,6 +35,7 @@ class Views:
     shift: float = 0.0
     jitter: float = 0.0
     grey: float = 0.0
+    shear: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Changed float32 images in [0, 1] from uint8 images, both (N, C, H, W)."""
@@ -60,12 +62,14 @@ class Views:
         angle = (2 * uniform[6] - 1) * math.radians(self.rotate)
         cos, sin, shape = torch.cos(angle), torch.sin(angle), height / width
         mirror = torch.where(uniform[7] < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(area)
-        rows = [
-            torch.stack([cos * across * mirror, -sin * down * shape, x], dim=1),
-            torch.stack([sin * across * mirror / shape, cos * down, y], dim=1),
-        ]
+        x_across, x_down = cos * across * mirror, -sin * down * shape
+        y_across, y_down = sin * across * mirror / shape, cos * down
+        if self.shear:
+            slant = (2 * torch.rand(n, device=images.device) - 1) * self.shear * shape
+            x_down, y_down = x_down + x_across * slant, y_down + y_across * slant
+        rows = [torch.stack([x_across, x_down, x], dim=1), torch.stack([y_across, y_down, y], dim=1)]
         grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-        outside = "zeros" if self.rotate or self.shift else "border"
+        outside = "zeros" if self.rotate or self.shear or self.shift else "border"
         return F.grid_sample(images, grid, padding_mode=outside, align_corners=False)
 
 
