@@ -65,11 +65,12 @@ def same_images(config: ConfigT, source: Source) -> ConfigT:
         return config
     if source.settings["data"] != config.data:
         raise UserError(f"--base {source.name} is of --data {source.settings['data']}, not {config.data}")
+    settings = {"subset_test": 0} | source.settings  # which older runs do not know
     for name in ("subset", "subset_test"):
-        if getattr(config, name) not in (0, source.settings[name]):
+        if getattr(config, name) not in (0, settings[name]):
             option = f"--{name.replace('_', '-')}"
-            raise UserError(f"--base {source.name} is of {option} {source.settings[name]}, not {getattr(config, name)}")
-    return replace(config, **{name: source.settings[name] for name in ("subset", "subset_test", "image_size", "seed")})
+            raise UserError(f"--base {source.name} is of {option} {settings[name]}, not {getattr(config, name)}")
+    return replace(config, **{name: settings[name] for name in ("subset", "subset_test", "image_size", "seed")})
 
 
 def read(source: Source, data: ImageData) -> Base:
