@@ -219,6 +219,7 @@ class TestKMeans:
             (1, 1, 2100, 3, 1, 2),
             (1, 2, 70, 70, 4, 5),
             (1, 1, 40, 9, 130, 3),
+            (2, 1, 270, 3, 17, 3),
         ],
     )
     def test_lloyd(self, worker, rng, dtype, b, r, n, k, d, max_iter):
@@ -234,6 +235,13 @@ class TestKMeans:
         weight = rng.integers(0, 4, size=(2, 90)).astype(np.float32)
         fixed = np.where(rng.random((2, 90)) < 0.2, rng.integers(0, 4, size=(2, 90)), -1)
         self.compare(worker, x, x[:, None, :4], 8, weight=weight, fixed=fixed)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_sums_are_exact_beside_a_giant(self, worker, rng, dtype):
+        """A row 10^15 times as large as the others takes the leading bits of the whole numbers that are summed."""
+        x = rng.normal(size=(1, 150, 2)).astype(dtype)
+        x[0, 0] = 1e15
+        self.compare(worker, x, x[:, None, :4], 4)
 
     def test_empty_clusters_take_the_farthest_rows(self, worker, rng):
         x = rng.normal(size=(1, 300, 2)).astype(np.float32)

@@ -44,6 +44,20 @@ inline dim3 grid_of(int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks < kMost ? blocks : kMost));
 }
 
+/// Of the current device.
+inline int64_t processors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+}
+
+/// A grid of `blocks`, but of no more than `each` per processor: a block that walks on spares the start of another.
+inline dim3 grid_of(int64_t blocks, int64_t each) {
+    const int64_t most = each * processors();
+    return grid_of(blocks < most ? blocks : most);
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }

@@ -71,18 +71,22 @@ struct HalfTile {
         return warp % 2 * 64 + j * 8 + lane % 4 * 2 + e % 2;
     }
 
+    /// Whether all of b stays in shared memory from one run to the next, so that `keep_b` may be true in later ones.
+    __device__ static bool holds(int64_t rows_b, int64_t depth) { return rows_b <= kCols && depth <= kStages * kDepth; }
+
     /// a (rows_a, depth) and b (rows_b, depth) begin at the tile; depth is a padded_depth. The whole block calls.
     __device__ static void run(const Half* a, int64_t rows_a, const Half* b, int64_t rows_b, int64_t depth, Shared& shared,
-                               float (&sum)[kDown][kAcross][4]) {
+                               float (&sum)[kDown][kAcross][4], bool keep_b = false) {
         const int steps = static_cast<int>(ceil_div(depth, kDepth));
         for (auto& row : sum)
             for (auto& tile : row)
                 for (float& element : tile) element = 0;
         __syncthreads();
-        fetch(a, rows_a, b, rows_b, depth, 0, shared.stage[0]);
+        fetch(a, rows_a, b, rows_b, depth, 0, shared.stage[0], keep_b);
         commit_copies();
         for (int step = 0; step < steps; ++step) {
-            if (step + 1 < steps) fetch(a, rows_a, b, rows_b, depth, (step + 1) * kDepth, shared.stage[(step + 1) % kStages]);
+            if (step + 1 < steps)
+                fetch(a, rows_a, b, rows_b, depth, (step + 1) * kDepth, shared.stage[(step + 1) % kStages], keep_b);
             commit_copies();
             wait_copies<1>();
             __syncthreads();
@@ -98,16 +102,21 @@ struct HalfTile {
     __device__ static int place(int row, int chunk) { return row * kDepth + (chunk ^ row % 8) * kChunkHalves; }
 
     __device__ static void fetch(const Half* a, int64_t rows_a, const Half* b, int64_t rows_b, int64_t depth, int64_t start,
-                                 Stage& stage) {
-        constexpr int kChunks = kDepth / kChunkHalves;
-        for (int e = threadIdx.x; e < (kRows + kCols) * kChunks; e += kThreads) {
-            const int row = e / kChunks % kRows, chunk = e % kChunks;
-            const bool of_a = e < kRows * kChunks;
-            const int64_t t = start + chunk * kChunkHalves;
-            const bool valid = t < depth && row < (of_a ? rows_a : rows_b);
-            const Half* from = of_a ? a : b;
-            copy_async((of_a ? stage.a : stage.b) + place(row, chunk), valid ? from + row * depth + t : from, valid ? 16 : 0);
-        }
+                                 Stage& stage, bool keep_b) {
+        copy_rows(a, rows_a, depth, start, stage.a);
+        if (!keep_b) copy_rows(b, rows_b, depth, start, stage.b);
+    }
+
+    /// Depths [start, start + kDepth) of 128 rows, zeros for those that are not there.
+    __device__ static void copy_rows(const Half* from, int64_t rows, int64_t depth, int64_t start, Half* stage) {
+        constexpr int kChunks = kDepth / kChunkHalves, kStep = kThreads / kChunks;
+        static_assert(kRows == kCols && kStep % 8 == 0);
+        const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+        const int64_t t = start + chunk * kChunkHalves, last = t < depth ? rows : 0;
+        const Half* source = from + first * depth + t;
+        Half* target = stage + place(first, chunk);
+        for (int row = first; row < kRows; row += kStep, source += kStep * depth, target += kStep * kDepth)
+            copy_async(target, row < last ? source : from, row < last ? 16 : 0);
     }
 
     __device__ static void multiply(const Stage& stage, int depth, float (&sum)[kDown][kAcross][4]) {

@@ -1,25 +1,15 @@
 #include <cmath>
 
-#include "kmeans/kmeans_cuda.h"
+#include "kmeans/sums_cuda.h"
 
 namespace fastclust::kmeans::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::Half;
-using fastclust::cuda::HalfTile;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::padded_depth;
-using fastclust::cuda::round_row;
-using fastclust::cuda::RowInfo;
-using fastclust::cuda::shared_memory;
-using fastclust::cuda::warp_sum;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocksPerProcessor = 2;
 
 __host__ __device__ int64_t padded_columns(int64_t k) {
     return ceil_div(k, HalfTile::kCols) * HalfTile::kCols;
@@ -70,24 +60,6 @@ __global__ void __launch_bounds__(kThreads) round_centroids(Assignment<float> a,
     }
 }
 
-/// One warp per group.
-__global__ void find_worst(Assignment<float> a, Filter f) {
-    const int lane = threadIdx.x;
-    for (int64_t g = blockIdx.x; g < a.groups; g += gridDim.x) {
-        if (a.skips(g)) continue;
-        float norm = 0, error = 0;
-        for (int64_t k = lane; k < a.k; k += kWarp) {
-            norm = fmaxf(norm, f.centroid_info[g * a.k + k].norm);
-            error = fmaxf(error, f.centroid_info[g * a.k + k].error);
-        }
-        for (int bits = kWarp / 2; bits > 0; bits /= 2) {
-            norm = fmaxf(norm, __shfl_xor_sync(kAllLanes, norm, bits));
-            error = fmaxf(error, __shfl_xor_sync(kAllLanes, error, bits));
-        }
-        if (lane == 0) f.worst[g] = {norm, error};
-    }
-}
-
 /// The least and the second least score of a row, and whose the least is.
 struct Best {
     float least, second;
@@ -105,11 +77,34 @@ struct Best {
     }
 };
 
+/// Each thread's rows of a tile, as HalfTile has them.
+using Bests = Best[HalfTile::kDown][2];
+
 struct FilterShared {
     HalfTile::Shared tile;
     Best best[HalfTile::kRows];
+    float factor[HalfTile::kRows];
+    Moved moved[HalfTile::kRows];
+    float2 slots[kWarps];
+    float2 worst;  // the greatest norm and the greatest error of a centroid
     int changed;
 };
+
+/// Fills in shared.worst; to be read after the next barrier.
+__device__ void find_worst(const RowInfo* centroids, int64_t k, FilterShared& shared) {
+    float2 worst{0, 0};
+    const auto take = [&](float norm, float error) { worst = {fmaxf(worst.x, norm), fmaxf(worst.y, error)}; };
+    for (int64_t i = threadIdx.x; i < k; i += kThreads) take(centroids[i].norm, centroids[i].error);
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) {
+        const float norm = __shfl_xor_sync(kAllLanes, worst.x, bits), error = __shfl_xor_sync(kAllLanes, worst.y, bits);
+        take(norm, error);
+    }
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) shared.slots[threadIdx.x / kWarp] = worst;
+    __syncthreads();
+    for (int warp = 0; warp < kWarps; ++warp) take(shared.slots[warp].x, shared.slots[warp].y);
+    if (threadIdx.x == 0) shared.worst = worst;
+}
 
 /// How far a score |c|^2 - 2 x.c of this row may be from the truth, for any centroid: twice the error of the product as
 /// half_tile_cuda.h bounds it, the rounding of |c|^2, and that of the score.
@@ -119,73 +114,90 @@ __device__ float score_error(const RowInfo& x, float2 worst, int64_t depth) {
     return 2 * product + 0x1p-21f * (norm * norm + 2 * x.norm * norm);
 }
 
-/// One block per 128 rows of a group; |x|^2 never matters to the least score.
-__global__ void __launch_bounds__(HalfTile::kThreads, 2) filter_tiles(Assignment<float> a, Filter f) {
+/// Takes the scores of a tile's 128 centroids into `best`; columns (128): |c|^2 and twice the factor. |x|^2 never matters.
+__device__ __forceinline__ void take_scores(const float (&sum)[HalfTile::kDown][HalfTile::kAcross][4], const float2* columns,
+                                            const float* factors, int32_t first, Bests& best) {
+    float factor[HalfTile::kDown][2];
+    for (int i = 0; i < HalfTile::kDown; ++i)
+        for (int half = 0; half < 2; ++half) factor[i][half] = factors[HalfTile::row_of(i, 2 * half)];
+#pragma unroll
+    for (int j = 0; j < HalfTile::kAcross; ++j) {
+        const int at = HalfTile::col_of(j, 0);
+        const float4 pair = *reinterpret_cast<const float4*>(columns + at);
+#pragma unroll
+        for (int i = 0; i < HalfTile::kDown; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                best[i][half].take(pair.x - sum[i][j][2 * half] * pair.y * factor[i][half], first + at);
+                best[i][half].take(pair.z - sum[i][j][2 * half + 1] * pair.w * factor[i][half], first + at + 1);
+            }
+    }
+}
+
+/// Merges what the threads of a row have found into the thread of its first column.
+__device__ __forceinline__ void merge_rows(Bests& best, FilterShared& shared) {
+    const bool right = threadIdx.x / kWarp % 2 != 0, leads = threadIdx.x % 4 == 0;
+    for (int i = 0; i < HalfTile::kDown; ++i)
+        for (int half = 0; half < 2; ++half) {
+            for (int bits = 2; bits > 0; bits /= 2) {
+                Best other;
+                other.least = __shfl_xor_sync(kAllLanes, best[i][half].least, bits);
+                other.second = __shfl_xor_sync(kAllLanes, best[i][half].second, bits);
+                other.label = __shfl_xor_sync(kAllLanes, best[i][half].label, bits);
+                best[i][half].merge(other);
+            }
+            if (right && leads) shared.best[HalfTile::row_of(i, 2 * half)] = best[i][half];
+        }
+    __syncthreads();
+    if (right || !leads) return;
+    for (int i = 0; i < HalfTile::kDown; ++i)
+        for (int half = 0; half < 2; ++half) best[i][half].merge(shared.best[HalfTile::row_of(i, 2 * half)]);
+}
+
+/// The label of a row whose best scores are these, or its place in the list of the undecided.
+__device__ void decide(const Assignment<float>& a, const Filter& f, int64_t g, int64_t row, const Best& best,
+                       FilterShared& shared) {
+    const float error = score_error(f.x_info[a.problem(g) * a.n + row], shared.worst, padded_depth(a.d));
+    const bool decided = !a.exact || best.second - best.least > 2 * error;
+    const int64_t fixed = a.fixed_label(g, row), at = g * a.n + row;
+    if (fixed < 0 && !decided) {
+        f.undecided.rows[g * a.n + static_cast<int64_t>(atomicAdd(&f.undecided.count[g], 1ULL))] = row;
+        return;
+    }
+    note_label(a, g, row, fixed >= 0 ? fixed : best.label, shared.moved, shared.changed);
+}
+
+/// One block per 128 rows of a group.
+__global__ void __launch_bounds__(HalfTile::kThreads, kBlocksPerProcessor) filter_tiles(Assignment<float> a, Filter f) {
     auto& shared = *shared_memory<FilterShared>();
     const int64_t tiles = ceil_div(a.n, HalfTile::kRows), depth = padded_depth(a.d), columns = padded_columns(a.k);
+    int64_t group = -1;  // whose worst centroid is known and whose centroids lie in shared memory where they fit
     for (int64_t tile = blockIdx.x; tile < a.groups * tiles; tile += gridDim.x) {
         const int64_t g = tile / tiles, start = tile % tiles * HalfTile::kRows, first_row = a.problem(g) * a.n + start;
         if (a.skips(g)) continue;
-        Best best[HalfTile::kDown][2];
-        float factor[HalfTile::kDown][2];
-        for (int i = 0; i < HalfTile::kDown; ++i)
-            for (int half = 0; half < 2; ++half) {
-                const int row = HalfTile::row_of(i, 2 * half);
-                best[i][half] = {INFINITY, INFINITY, 0};
-                factor[i][half] = start + row < a.n ? f.x_info[first_row + row].factor : 0;
-            }
+        if (g != group) find_worst(f.centroid_info + g * a.k, a.k, shared);
+        for (int row = threadIdx.x; row < HalfTile::kRows; row += kThreads)
+            shared.factor[row] = start + row < a.n ? f.x_info[first_row + row].factor : 0;
+        __syncthreads();
+        Bests best;
+        for (auto& pair : best) pair[0] = pair[1] = {INFINITY, INFINITY, 0};
         for (int64_t first = 0; first < a.k; first += HalfTile::kCols) {
             float sum[HalfTile::kDown][HalfTile::kAcross][4];
             HalfTile::run(f.x + first_row * depth, a.n - start, f.centroids + (g * a.k + first) * depth, a.k - first, depth,
-                          shared.tile, sum);
-#pragma unroll
-            for (int j = 0; j < HalfTile::kAcross; ++j)
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const int64_t k = first + HalfTile::col_of(j, side);
-                    const float2 column = f.columns[g * columns + k];
-#pragma unroll
-                    for (int i = 0; i < HalfTile::kDown; ++i)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            best[i][half].take(column.x - sum[i][j][2 * half + side] * column.y * factor[i][half],
-                                               static_cast<int32_t>(k));
-                }
+                          shared.tile, sum, g == group && HalfTile::holds(a.k, depth));
+            take_scores(sum, f.columns + g * columns + first, shared.factor, static_cast<int32_t>(first), best);
         }
+        group = g;
         __syncthreads();
         if (threadIdx.x == 0) shared.changed = 0;
-        const bool right = threadIdx.x / kWarp % 2 != 0, leads = threadIdx.x % 4 == 0;
-        for (int i = 0; i < HalfTile::kDown; ++i)
-            for (int half = 0; half < 2; ++half) {
-                for (int bits = 2; bits > 0; bits /= 2) {
-                    Best other;
-                    other.least = __shfl_xor_sync(kAllLanes, best[i][half].least, bits);
-                    other.second = __shfl_xor_sync(kAllLanes, best[i][half].second, bits);
-                    other.label = __shfl_xor_sync(kAllLanes, best[i][half].label, bits);
-                    best[i][half].merge(other);
+        merge_rows(best, shared);
+        if (threadIdx.x / kWarp % 2 == 0 && threadIdx.x % 4 == 0)
+            for (int i = 0; i < HalfTile::kDown; ++i)
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t row = start + HalfTile::row_of(i, 2 * half);
+                    if (row < a.n) decide(a, f, g, row, best[i][half], shared);
                 }
-                if (right && leads) shared.best[HalfTile::row_of(i, 2 * half)] = best[i][half];
-            }
-        __syncthreads();
-        for (int i = 0; i < HalfTile::kDown; ++i)
-            for (int half = 0; half < 2; ++half) {
-                const int64_t row = start + HalfTile::row_of(i, 2 * half);
-                if (right || !leads || row >= a.n) continue;
-                best[i][half].merge(shared.best[row - start]);
-                const float error = score_error(f.x_info[first_row + row - start], f.worst[g], depth);
-                const bool decided = !a.exact || best[i][half].second - best[i][half].least > 2 * error;
-                const int64_t fixed = a.fixed_label(g, row), at = g * a.n + row;
-                if (fixed < 0 && !decided) {
-                    f.undecided.rows[g * a.n + static_cast<int64_t>(atomicAdd(&f.undecided.count[g], 1ULL))] = row;
-                    continue;
-                }
-                const int64_t label = fixed >= 0 ? fixed : best[i][half].label;
-                if (a.group != nullptr && a.labels[at] != label) atomicAdd(&shared.changed, 1);
-                a.labels[at] = label;
-            }
-        __syncthreads();
-        if (threadIdx.x == 0 && shared.changed > 0)
-            atomicAdd(&a.group[g].changed, static_cast<unsigned long long>(shared.changed));
+        move_noted(a, g, shared.moved, shared.changed);
     }
 }
 
@@ -221,7 +233,6 @@ Filter prepare_filter(const Assignment<float>& a, const Context& context) {
             context.scratch<Half>(a.groups * a.k * depth),
             context.scratch<RowInfo>(a.groups * a.k),
             context.scratch<float2>(a.groups * padded_columns(a.k)),
-            context.scratch<float2>(a.groups),
             {context.scratch<int64_t>(a.groups * a.n), context.scratch<unsigned long long>(a.groups)}};
 }
 
@@ -229,9 +240,8 @@ void assign_filtered(const Assignment<float>& a, const Filter& filter, const Con
     void* stream = context.stream;
     launch("round_centroids", round_centroids, grid_of(ceil_div(a.groups * padded_columns(a.k), kWarps)), dim3(kThreads), 0,
            stream, a, filter);
-    launch("find_worst", find_worst, grid_of(a.groups), dim3(kWarp), 0, stream, a, filter);
-    launch("filter_tiles", filter_tiles, grid_of(a.groups * ceil_div(a.n, HalfTile::kRows)), dim3(HalfTile::kThreads),
-           sizeof(FilterShared), stream, a, filter);
+    launch("filter_tiles", filter_tiles, grid_of(a.groups * ceil_div(a.n, HalfTile::kRows), kBlocksPerProcessor),
+           dim3(HalfTile::kThreads), sizeof(FilterShared), stream, a, filter);
     if (a.exact) {
         Assignment<float> rest = a;
         rest.distances = nullptr;

@@ -1,23 +1,20 @@
 #include <cmath>
 
 #include "common/tile_cuda.h"
-#include "kmeans/kmeans_cuda.h"
+#include "kmeans/sums_cuda.h"
 
 namespace fastclust::kmeans::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
+using namespace fastclust::cuda;
 
 template <class T>
-using Tile = fastclust::cuda::PairTile<T, fastclust::cuda::SquaredDifference>;
+using Tile = PairTile<T, SquaredDifference>;
 
 template <class T>
 struct AssignShared {
     typename Tile<T>::Shared tile;
+    Moved moved[Tile<T>::kRows];
     int changed;
 };
 
@@ -39,7 +36,7 @@ struct Nearest {
 template <class T>
 __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> a, Listed listed) {
     constexpr int kSide = Tile<T>::kSide;
-    auto& shared = *fastclust::cuda::shared_memory<AssignShared<T>>();
+    auto& shared = *shared_memory<AssignShared<T>>();
     const int64_t tiles = ceil_div(a.n, Tile<T>::kRows);
     for (int64_t tile = blockIdx.x; tile < a.groups * tiles; tile += gridDim.x) {
         const int64_t g = tile / tiles, start = tile % tiles * Tile<T>::kRows;
@@ -75,8 +72,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
             }
         if (threadIdx.x == 0) shared.changed = 0;
         __syncthreads();
-        if (threadIdx.x % 16 == 0) {
-            int changed = 0;
+        if (threadIdx.x % 16 == 0)
             for (int i = 0; i < kSide; ++i) {
                 const int64_t row = row_at(Tile<T>::first_row() + i);
                 if (row < 0) break;
@@ -84,25 +80,20 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
                 if (fixed >= 0) {
                     nearest[i] = {T(0), fixed};
                     for (int64_t t = 0; t < a.d; ++t)
-                        nearest[i].distance = fastclust::cuda::SquaredDifference::add(nearest[i].distance, x[row * a.d + t],
-                                                                                      centroids[fixed * a.d + t]);
+                        nearest[i].distance =
+                            SquaredDifference::add(nearest[i].distance, x[row * a.d + t], centroids[fixed * a.d + t]);
                 }
-                if (a.group != nullptr) changed += a.labels[g * a.n + row] != nearest[i].label;
-                a.labels[g * a.n + row] = nearest[i].label;
                 if (a.distances != nullptr) a.distances[g * a.n + row] = nearest[i].distance;
+                note_label(a, g, row, nearest[i].label, shared.moved, shared.changed);
             }
-            if (changed > 0) atomicAdd(&shared.changed, changed);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0 && shared.changed > 0)
-            atomicAdd(&a.group[g].changed, static_cast<unsigned long long>(shared.changed));
+        move_noted(a, g, shared.moved, shared.changed);
     }
 }
 
 template <class T>
 void assign(const Assign<T>& a, const Context& context) {
-    const Assignment<T> assignment{a.batch, 1,       a.n,      a.k,         a.d,     a.x,     a.centroids,
-                                   nullptr, a.exact, a.labels, a.distances, nullptr, kRunning};
+    const Assignment<T> assignment{a.batch, 1,       a.n,      a.k,         a.d,     a.x,      a.centroids, nullptr,
+                                   nullptr, a.exact, a.labels, a.distances, nullptr, kRunning, {}};
     if constexpr (sizeof(T) == sizeof(float)) {
         if (wants_filter(assignment)) return assign_filtered(assignment, prepare_filter(assignment, context), context);
     }
@@ -116,8 +107,9 @@ constexpr Kernels<T> kTable{assign<T>, lloyd<T>, plus_plus<T>};
 
 template <class T>
 void assign_directly(const Assignment<T>& a, const Listed& listed, const Context& context) {
-    launch("assign_tiles", assign_tiles<T>, grid_of(a.groups * ceil_div(a.n, Tile<T>::kRows)), dim3(Tile<T>::kThreads),
-           sizeof(AssignShared<T>), context.stream, a, listed);
+    constexpr int kBlocksPerProcessor = 8;
+    launch("assign_tiles", assign_tiles<T>, grid_of(a.groups * ceil_div(a.n, Tile<T>::kRows), kBlocksPerProcessor),
+           dim3(Tile<T>::kThreads), sizeof(AssignShared<T>), context.stream, a, listed);
 }
 
 template void assign_directly(const Assignment<float>&, const Listed&, const Context&);

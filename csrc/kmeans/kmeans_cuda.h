@@ -15,17 +15,28 @@ struct Group {
     int32_t phase;
 };
 
+/// The sums of the clusters' rows, kept from iteration to iteration; sums_cuda.h has their meaning.
+struct Sums {
+    static constexpr int kParts = 3;
+    unsigned long long* totals;  // (groups, kParts, K, width), two's complement; null: not wanted
+    const double* units;         // (B, width)
+    int64_t width;               // D + 1
+    double next_part;            // 2^bits
+};
+
 template <class T>
 struct Assignment {
     int64_t groups, restarts, n, k, d;
     const T* x;                   // (groups / restarts, N, D)
     const T* centroids;           // (groups, K, D)
+    const T* sample_weight;       // (groups / restarts, N), or null for ones
     const int64_t* fixed_labels;  // (groups / restarts, N), -1 for free rows, or null
     bool exact;
     int64_t* labels;  // (groups, N) out, and in where `group` is given: the labels before
     T* distances;     // (groups, N) out, or null
-    Group* group;     // (groups) or null: only groups in phase `phase` are assigned, changes counted
+    Group* group;     // (groups) or null: only groups in phase `phase` are assigned, changes counted and summed
     Phase phase;
+    Sums sums;
 
     __host__ __device__ int64_t problem(int64_t g) const { return g / restarts; }
     __device__ bool skips(int64_t g) const { return group != nullptr && group[g].phase != phase; }
@@ -57,14 +68,13 @@ struct Filter {
     fastclust::cuda::Half* centroids;  // (groups, K, padded D)
     fastclust::cuda::RowInfo* centroid_info;
     float2* columns;  // (groups, padded K) |c - shift|^2 and twice the factor
-    float2* worst;    // (groups) the greatest norm and the greatest error of a centroid
     Listed undecided;
 };
 
 /// Whether `a` is worth a filter: small products are done before it would be ready.
 template <class T>
 bool wants_filter(const Assignment<T>& a) {
-    return sizeof(T) == sizeof(float) && a.k >= 8 && a.d >= 16;
+    return sizeof(T) == sizeof(float) && a.k >= 2 && a.d >= 16;
 }
 
 Filter prepare_filter(const Assignment<float>& a, const Context& context);
@@ -82,6 +92,10 @@ void assign_rows(const Assignment<T>& a, const Filter* filter, const Context& co
 /// variances (B): the mean over columns of the variance over rows, without weights.
 template <class T>
 void mean_variances(const Lloyd<T>& a, double* variances, const Context& context);
+
+/// Sums of no rows.
+template <class T>
+Sums prepare_sums(const Lloyd<T>& a, const Context& context);
 
 template <class T>
 void lloyd(const Lloyd<T>& a, const Context& context);

@@ -1,47 +1,36 @@
-// Lloyd's iteration without waiting for the host: assign, sort the rows by label (a stable counting sort), sum each cluster's
-// rows in that order, move the centroids. No sum depends on the order in which threads run.
+// Lloyd's iteration without waiting for the host: assign, whereby each row that changes cluster moves from sum to sum, then
+// move the centroids. No sum depends on the order in which threads run.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "kmeans/kmeans_cuda.h"
+#include "kmeans/sums_cuda.h"
 
 namespace fastclust::kmeans::cuda {
 namespace {
 
-using fastclust::cuda::block_sum;
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::check;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::shared_memory;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSumThreads = 128;
-constexpr int64_t kSliceRows = 256;  // rows of one cluster that one block sums
+constexpr int64_t kChunk = 2048;  // rows per partial sum of the inertia
 
 /// The iteration's state, on the device.
 template <class T>
 struct State {
     Lloyd<T> a;
-    int64_t groups, chunk, chunks, slices;  // rows per chunk of the sort; chunks; room for slices, both per group
-    bool later;                             // false in the first iteration, where no labels were there to change
-    Group* group;                           // (groups)
-    T* distances;                           // (groups, N)
-    uint32_t* counts;                       // (groups, chunks, K): rows per label in a chunk, then where they go
-    int64_t* starts;                        // (groups, K + 1): where a cluster begins in `order`
-    int64_t* slice_starts;                  // (groups, K + 1): its first slice
-    int64_t* order;                         // (groups, N): rows, sorted by label
-    T* slice_sums;                          // (groups, slices, D)
-    double* slice_weights;                  // (groups, slices)
-    T* previous;                            // (groups, K, D): the centroids that the labels were assigned by
-    double* weights;                        // (groups, K)
-    double* shifts;                         // (groups, K): |c - c before|^2
-    double* variance;                       // (B): the mean over columns, filled where tol > 0
-    double* partials;                       // scratch of the reductions over rows
+    int64_t groups, chunks;  // chunks per group
+    bool later;              // false in the first iteration, where no labels were there to change
+    Sums sums;
+    Group* group;      // (groups)
+    T* distances;      // (groups, N)
+    int64_t* rows;     // (groups, N): those of the largest cluster where another is empty
+    T* previous;       // (groups, K, D): the centroids that the labels were assigned by
+    double* weights;   // (groups, K)
+    double* shifts;    // (groups, K): |c - c before|^2
+    double* variance;  // (B): the mean over columns, filled where tol > 0
+    double* partials;  // (groups, chunks): of the inertia
 
     __device__ bool running(int64_t g) const { return group[g].phase == kRunning && !(later && group[g].changed == 0); }
 };
@@ -51,154 +40,7 @@ __device__ int64_t first_piece() {
     return int64_t(blockIdx.x);
 }
 
-template <class T>
-__global__ void count_labels(State<T> s) {
-    const Lloyd<T>& a = s.a;
-    for (int64_t piece = first_piece(); piece < s.groups * s.chunks; piece += gridDim.x) {
-        const int64_t g = piece / s.chunks, start = piece % s.chunks * s.chunk;
-        if (!s.running(g)) continue;
-        uint32_t* counts = s.counts + piece * a.k;
-        for (int64_t k = threadIdx.x; k < a.k; k += kThreads) counts[k] = 0;
-        __syncthreads();
-        const int64_t end = start + s.chunk < a.n ? start + s.chunk : a.n;
-        for (int64_t row = start + threadIdx.x; row < end; row += kThreads) atomicAdd(&counts[a.labels[g * a.n + row]], 1u);
-    }
-}
-
-/// One warp per cluster: its counts become offsets within the cluster, their total goes to `starts`.
-template <class T>
-__global__ void scan_chunks(State<T> s) {
-    const int64_t k_all = s.a.k;
-    const int lane = threadIdx.x % kWarp;
-    const int64_t stride = int64_t(gridDim.x) * kWarps;
-    for (int64_t piece = first_piece() * kWarps + threadIdx.x / kWarp; piece < s.groups * k_all; piece += stride) {
-        const int64_t g = piece / k_all, k = piece % k_all;
-        if (!s.running(g)) continue;
-        uint32_t* counts = s.counts + g * s.chunks * k_all + k;
-        uint32_t before = 0;
-        for (int64_t first = 0; first < s.chunks; first += kWarp) {
-            const bool inside = first + lane < s.chunks;
-            const uint32_t count = inside ? counts[(first + lane) * k_all] : 0;
-            uint32_t sum = count;
-            for (int delta = 1; delta < kWarp; delta *= 2) {
-                const uint32_t other = __shfl_up_sync(kAllLanes, sum, delta);
-                if (lane >= delta) sum += other;
-            }
-            if (inside) counts[(first + lane) * k_all] = before + sum - count;
-            before += __shfl_sync(kAllLanes, sum, kWarp - 1);
-        }
-        if (lane == 0) s.starts[g * (k_all + 1) + k] = before;
-    }
-}
-
-/// One warp per group: exclusive prefix sums of the clusters' sizes and of their numbers of slices.
-template <class T>
-__global__ void scan_sizes(State<T> s) {
-    const int64_t k_all = s.a.k;
-    const int lane = threadIdx.x;
-    for (int64_t g = first_piece(); g < s.groups; g += gridDim.x) {
-        if (!s.running(g)) continue;
-        int64_t* starts = s.starts + g * (k_all + 1);
-        int64_t* slice_starts = s.slice_starts + g * (k_all + 1);
-        int64_t rows_before = 0, slices_before = 0;
-        for (int64_t first = 0; first <= k_all; first += kWarp) {
-            const int64_t size = first + lane < k_all ? starts[first + lane] : 0;
-            const int64_t slices = ceil_div(size, kSliceRows);
-            int64_t rows_sum = size, slices_sum = slices;
-            for (int delta = 1; delta < kWarp; delta *= 2) {
-                const int64_t other_rows = __shfl_up_sync(kAllLanes, rows_sum, delta);
-                const int64_t other_slices = __shfl_up_sync(kAllLanes, slices_sum, delta);
-                if (lane >= delta) {
-                    rows_sum += other_rows;
-                    slices_sum += other_slices;
-                }
-            }
-            if (first + lane <= k_all) {
-                starts[first + lane] = rows_before + rows_sum - size;
-                slice_starts[first + lane] = slices_before + slices_sum - slices;
-            }
-            rows_before += __shfl_sync(kAllLanes, rows_sum, kWarp - 1);
-            slices_before += __shfl_sync(kAllLanes, slices_sum, kWarp - 1);
-        }
-    }
-}
-
-/// One warp per chunk places its rows, in their order, behind those of the same label in earlier chunks.
-template <class T>
-__global__ void sort_rows(State<T> s) {
-    const Lloyd<T>& a = s.a;
-    const int lane = threadIdx.x % kWarp;
-    const int64_t stride = int64_t(gridDim.x) * kWarps;
-    for (int64_t piece = first_piece() * kWarps + threadIdx.x / kWarp; piece < s.groups * s.chunks; piece += stride) {
-        const int64_t g = piece / s.chunks, start = piece % s.chunks * s.chunk;
-        if (!s.running(g)) continue;
-        uint32_t* next = s.counts + piece * a.k;
-        const int64_t* starts = s.starts + g * (a.k + 1);
-        const int64_t end = start + s.chunk < a.n ? start + s.chunk : a.n;
-        for (int64_t first = start; first < end; first += kWarp) {
-            const int64_t row = first + lane;
-            const int64_t label = row < end ? a.labels[g * a.n + row] : -1;
-            const unsigned peers = __match_any_sync(kAllLanes, label);
-            const int rank = __popc(peers & ((1u << lane) - 1));
-            if (label >= 0) s.order[g * a.n + starts[label] + next[label] + rank] = row;
-            __syncwarp();
-            if (label >= 0 && rank == 0) next[label] += static_cast<uint32_t>(__popc(peers));
-            __syncwarp();
-        }
-    }
-}
-
-/// The cluster that slice `slice` of a group belongs to.
-__device__ int64_t cluster_of(const int64_t* slice_starts, int64_t k, int64_t slice) {
-    int64_t low = 0, high = k;  // slice_starts[low] <= slice < slice_starts[high]
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (slice_starts[middle] <= slice ? low : high) = middle;
-    }
-    return low;
-}
-
-/// One block per slice. The threads split into row lanes x columns; the row lanes are added in their order.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads) sum_slices(State<T> s) {
-    const Lloyd<T>& a = s.a;
-    T* sums = shared_memory<T>();
-    int columns = kSumThreads;
-    while (columns / 2 >= a.d) columns /= 2;
-    const int lanes = kSumThreads / columns, lane = threadIdx.x / columns, column = threadIdx.x % columns;
-    for (int64_t piece = first_piece(); piece < s.groups * s.slices; piece += gridDim.x) {
-        const int64_t g = piece / s.slices, slice = piece % s.slices;
-        const int64_t* starts = s.starts + g * (a.k + 1);
-        const int64_t* slice_starts = s.slice_starts + g * (a.k + 1);
-        if (!s.running(g) || slice >= slice_starts[a.k]) continue;
-        const int64_t k = cluster_of(slice_starts, a.k, slice);
-        const int64_t begin = starts[k] + (slice - slice_starts[k]) * kSliceRows;
-        const int64_t end = begin + kSliceRows < starts[k + 1] ? begin + kSliceRows : starts[k + 1];
-        const int64_t* order = s.order + g * a.n;
-        const T* x = a.x + g / a.restarts * a.n * a.d;
-        const T* weight = a.sample_weight == nullptr ? nullptr : a.sample_weight + g / a.restarts * a.n;
-        for (int64_t first = 0; first < a.d; first += columns) {
-            T sum = 0;
-            if (first + column < a.d)
-                for (int64_t i = begin + lane; i < end; i += lanes)
-                    sum += (weight == nullptr ? T(1) : weight[order[i]]) * x[order[i] * a.d + first + column];
-            __syncthreads();
-            sums[threadIdx.x] = sum;
-            __syncthreads();
-            if (lane == 0 && first + column < a.d) {
-                for (int other = 1; other < lanes; ++other) sum += sums[other * columns + column];
-                s.slice_sums[piece * a.d + first + column] = sum;
-            }
-        }
-        if (threadIdx.x == 0) {
-            double total = 0;
-            for (int64_t i = begin; i < end; ++i) total += weight == nullptr ? 1.0 : double(weight[order[i]]);
-            s.slice_weights[piece] = total;
-        }
-    }
-}
-
-/// One block per cluster: its slices' sums, in their order and in double, become the centroid.
+/// One block per cluster: its sum becomes the centroid.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) move_centroids(State<T> s) {
     const Lloyd<T>& a = s.a;
@@ -206,23 +48,17 @@ __global__ void __launch_bounds__(kSumThreads) move_centroids(State<T> s) {
     for (int64_t piece = first_piece(); piece < s.groups * a.k; piece += gridDim.x) {
         const int64_t g = piece / a.k, k = piece % a.k;
         if (!s.running(g)) continue;
-        const int64_t* slice_starts = s.slice_starts + g * (a.k + 1);
-        const int64_t begin = g * s.slices + slice_starts[k], end = g * s.slices + slice_starts[k + 1];
-        const auto sum_of = [&](int64_t column) {
-            double sum = 0;
-            for (int64_t slice = begin; slice < end; ++slice) sum += double(s.slice_sums[slice * a.d + column]);
-            return sum;
-        };
-        double weight = 0, squares = 0, shift = 0;
-        for (int64_t slice = begin; slice < end; ++slice) weight += s.slice_weights[slice];
+        const auto sum = [&](int64_t column) { return sum_of(s.sums, g, g / a.restarts, a.k, k, column); };
+        const double weight = sum(a.d);
+        double squares = 0, shift = 0;
         if (a.spherical) {
-            for (int64_t column = threadIdx.x; column < a.d; column += kSumThreads) squares += sum_of(column) * sum_of(column);
+            for (int64_t column = threadIdx.x; column < a.d; column += kSumThreads) squares += sum(column) * sum(column);
             squares = block_sum(squares, slots);
         }
         const double divisor = a.spherical ? sqrt(squares) : weight;
         for (int64_t column = threadIdx.x; column < a.d; column += kSumThreads) {
             T& centroid = a.centroids[piece * a.d + column];
-            const T moved = weight > 0 && divisor > 0 ? static_cast<T>(sum_of(column) / divisor) : centroid;
+            const T moved = weight > 0 && divisor > 0 ? static_cast<T>(sum(column) / divisor) : centroid;
             s.previous[piece * a.d + column] = centroid;
             shift += (double(moved) - double(centroid)) * (double(moved) - double(centroid));
             centroid = moved;
@@ -263,13 +99,42 @@ struct Greatest {
 struct ConcludeShared {
     Greatest greatest[kWarps];
     double sums[kWarps];
+    unsigned long long listed;
 };
+
+/// Lists the rows of a cluster that an empty one may take, in any order, with their distances to its centroid; their number.
+template <class T>
+__device__ int64_t list_rows(const State<T>& s, int64_t g, int64_t cluster, ConcludeShared& shared) {
+    const Lloyd<T>& a = s.a;
+    const int64_t first = g / a.restarts * a.n;
+    int64_t* rows = s.rows + g * a.n;
+    if (threadIdx.x == 0) shared.listed = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int64_t row = threadIdx.x; row < a.n; row += kThreads) {
+        if (a.labels[g * a.n + row] != cluster) continue;
+        const bool fixed = a.fixed_labels != nullptr && a.fixed_labels[first + row] >= 0;
+        const bool weightless = a.sample_weight != nullptr && !(a.sample_weight[first + row] > 0);
+        if (!fixed && !weightless) rows[atomicAdd(&shared.listed, 1ULL)] = row;
+    }
+    __syncthreads();
+    const auto count = static_cast<int64_t>(shared.listed);
+    const T* centroid = s.previous + (g * a.k + cluster) * a.d;
+    for (int64_t i = threadIdx.x / kWarp; i < count; i += kWarps) {
+        const T* x = a.x + (first + rows[i]) * a.d;
+        T distance = 0;
+        for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp) distance += (x[t] - centroid[t]) * (x[t] - centroid[t]);
+        distance = warp_sum(distance);
+        if (threadIdx.x % kWarp == 0) s.distances[g * a.n + i] = distance;
+    }
+    __syncthreads();
+    return count;
+}
 
 /// Puts each empty cluster on the farthest row of the largest that none before it took.
 template <class T>
 __device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared& shared) {
     const Lloyd<T>& a = s.a;
-    const int64_t b = g / a.restarts;
     const double* weights = s.weights + g * a.k;
     Greatest largest{-1, a.k};
     int empty = 0;
@@ -279,35 +144,23 @@ __device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared
     }
     largest.reduce(shared.greatest);
     if (block_sum(double(empty), shared.sums) == 0) return;
-    const int64_t begin = s.starts[g * (a.k + 1) + largest.index], end = s.starts[g * (a.k + 1) + largest.index + 1];
-    for (int64_t i = begin + threadIdx.x / kWarp; i < end; i += kWarps) {
-        const int64_t row = s.order[g * a.n + i];
-        const T* x = a.x + (b * a.n + row) * a.d;
-        const T* centroid = s.previous + (g * a.k + largest.index) * a.d;
-        T distance = 0;
-        for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp) distance += (x[t] - centroid[t]) * (x[t] - centroid[t]);
-        distance = fastclust::cuda::warp_sum(distance);
-        if (threadIdx.x % kWarp == 0) s.distances[g * a.n + row] = distance;
-    }
-    __syncthreads();
+    const int64_t count = list_rows(s, g, largest.index, shared);
     Greatest last{INFINITY, -1};
     for (int64_t k = 0; k < a.k; ++k) {
         if (weights[k] != 0) continue;
         Greatest farthest{0, a.n};
-        for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-            const int64_t row = s.order[g * a.n + i];
-            const double distance = s.distances[g * a.n + row];
-            const bool fixed = a.fixed_labels != nullptr && a.fixed_labels[b * a.n + row] >= 0;
-            const bool weightless = a.sample_weight != nullptr && !(a.sample_weight[b * a.n + row] > 0);
+        for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+            const int64_t row = s.rows[g * a.n + i];
+            const double distance = s.distances[g * a.n + i];
             const bool taken = distance > last.value || (distance == last.value && row <= last.index);
-            if (!fixed && !weightless && !taken) farthest.take(distance, row);
+            if (!taken) farthest.take(distance, row);
         }
         farthest.reduce(shared.greatest);
         if (!(farthest.value > 0)) return;
         double shift = 0;
         for (int64_t column = threadIdx.x; column < a.d; column += kThreads) {
             T& centroid = a.centroids[(g * a.k + k) * a.d + column];
-            const T moved = a.x[(b * a.n + farthest.index) * a.d + column];
+            const T moved = a.x[(g / a.restarts * a.n + farthest.index) * a.d + column];
             shift += (double(moved) - double(centroid)) * (double(moved) - double(centroid));
             centroid = moved;
         }
@@ -362,8 +215,8 @@ __global__ void __launch_bounds__(kThreads) sum_distances(State<T> s) {
     const Lloyd<T>& a = s.a;
     double* slots = shared_memory<double>();
     for (int64_t piece = first_piece(); piece < s.groups * s.chunks; piece += gridDim.x) {
-        const int64_t g = piece / s.chunks, start = piece % s.chunks * s.chunk;
-        const int64_t end = start + s.chunk < a.n ? start + s.chunk : a.n;
+        const int64_t g = piece / s.chunks, start = piece % s.chunks * kChunk;
+        const int64_t end = start + kChunk < a.n ? start + kChunk : a.n;
         double sum = 0;
         for (int64_t row = start + threadIdx.x; row < end; row += kThreads) {
             const double weight = a.sample_weight == nullptr ? 1.0 : double(a.sample_weight[g / a.restarts * a.n + row]);
@@ -392,17 +245,11 @@ State<T> allocate(const Lloyd<T>& a, const Context& context) {
     State<T> s{};
     s.a = a;
     s.groups = a.batch * a.restarts;
-    s.chunk = std::max<int64_t>(2048, a.k);  // so that the counts take no more than N + K numbers
-    s.chunks = ceil_div(a.n, s.chunk);
-    s.slices = ceil_div(a.n, kSliceRows) + a.k;
+    s.chunks = ceil_div(a.n, kChunk);
+    s.sums = prepare_sums(a, context);
     s.group = context.scratch<Group>(s.groups);
     s.distances = context.scratch<T>(s.groups * a.n);
-    s.counts = context.scratch<uint32_t>(s.groups * s.chunks * a.k);
-    s.starts = context.scratch<int64_t>(s.groups * (a.k + 1));
-    s.slice_starts = context.scratch<int64_t>(s.groups * (a.k + 1));
-    s.order = context.scratch<int64_t>(s.groups * a.n);
-    s.slice_sums = context.scratch<T>(s.groups * s.slices * a.d);
-    s.slice_weights = context.scratch<double>(s.groups * s.slices);
+    s.rows = context.scratch<int64_t>(s.groups * a.n);
     s.previous = context.scratch<T>(s.groups * a.k * a.d);
     s.weights = context.scratch<double>(s.groups * a.k);
     s.shifts = context.scratch<double>(s.groups * a.k);
@@ -411,17 +258,11 @@ State<T> allocate(const Lloyd<T>& a, const Context& context) {
     return s;
 }
 
-/// One wave of the update: from labels to new centroids.
+/// From sums to new centroids, and whether to go on.
 template <class T>
 void update(const State<T>& s, void* stream) {
-    const int64_t chunks = s.groups * s.chunks, clusters = s.groups * s.a.k;
-    launch("count_labels", count_labels<T>, grid_of(chunks), dim3(kThreads), 0, stream, s);
-    launch("scan_chunks", scan_chunks<T>, grid_of(ceil_div(clusters, kWarps)), dim3(kThreads), 0, stream, s);
-    launch("scan_sizes", scan_sizes<T>, grid_of(s.groups), dim3(kWarp), 0, stream, s);
-    launch("sort_rows", sort_rows<T>, grid_of(ceil_div(chunks, kWarps)), dim3(kThreads), 0, stream, s);
-    launch("sum_slices", sum_slices<T>, grid_of(s.groups * s.slices), dim3(kSumThreads), kSumThreads * sizeof(T), stream, s);
-    launch("move_centroids", move_centroids<T>, grid_of(clusters), dim3(kSumThreads), kSumThreads / kWarp * sizeof(double),
-           stream, s);
+    launch("move_centroids", move_centroids<T>, grid_of(s.groups * s.a.k), dim3(kSumThreads),
+           kSumThreads / kWarp * sizeof(double), stream, s);
     launch("conclude", conclude<T>, grid_of(s.groups), dim3(kThreads), sizeof(ConcludeShared), stream, s);
 }
 
@@ -450,14 +291,14 @@ void lloyd(const Lloyd<T>& a, const Context& context) {
     check(cudaMemsetAsync(a.labels, 0xFF, static_cast<size_t>(s.groups * a.n) * sizeof(int64_t), cuda_stream), "lloyd");
     launch("set_phase", set_phase, grid_of(ceil_div(s.groups, kThreads)), dim3(kThreads), 0, stream, s.group, s.groups, true);
     if (a.tol > 0) mean_variances(a, s.variance, context);
-    Assignment<T> assignment{s.groups,       a.restarts, a.n,      a.k,     a.d,     a.x,     a.centroids,
-                             a.fixed_labels, a.exact,    a.labels, nullptr, s.group, kRunning};
+    Assignment<T> assignment{s.groups,       a.restarts, a.n,      a.k,     a.d,     a.x,      a.centroids, a.sample_weight,
+                             a.fixed_labels, a.exact,    a.labels, nullptr, s.group, kRunning, s.sums};
     Filter filter{};
     const bool filtered = wants_filter(assignment);
     if constexpr (sizeof(T) == sizeof(float)) {
         if (filtered) filter = prepare_filter(assignment, context);
     }
-    const bool capturing = fastclust::cuda::is_capturing(stream);
+    const bool capturing = is_capturing(stream);
     for (int64_t iteration = 0; iteration < a.max_iter; ++iteration) {
         assign_rows(assignment, filtered ? &filter : nullptr, context);
         s.later = iteration > 0;
@@ -466,6 +307,7 @@ void lloyd(const Lloyd<T>& a, const Context& context) {
     }
     launch("set_phase", set_phase, grid_of(ceil_div(s.groups, kThreads)), dim3(kThreads), 0, stream, s.group, s.groups, false);
     assignment.phase = kMoved;
+    assignment.sums.totals = nullptr;
     assign_rows(assignment, filtered ? &filter : nullptr, context);
     assignment.group = nullptr;
     assignment.distances = s.distances;

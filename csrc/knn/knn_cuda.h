@@ -115,10 +115,8 @@ template <class T>
 int64_t plan(Task<T>& task, int64_t tile_rows, int64_t tile_cols, const Context& context) {
     constexpr int64_t kBlocksPerProcessor = 2;
     const Search<T>& a = task.a;
-    int device = 0, processors = 0;
-    fastclust::cuda::check(cudaGetDevice(&device), "knn");
-    fastclust::cuda::check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "knn");
-    const int64_t wanted = kBlocksPerProcessor * processors, tiles = fastclust::cuda::ceil_div(a.n, tile_cols);
+    const int64_t wanted = kBlocksPerProcessor * fastclust::cuda::processors(),
+                  tiles = fastclust::cuda::ceil_div(a.n, tile_cols);
     const int64_t queries = fastclust::cuda::ceil_div(a.m, tile_rows), most = wanted / queries;
     task.per_split = fastclust::cuda::ceil_div(tiles, most < 1 ? 1 : most > tiles ? tiles : most);
     task.splits = fastclust::cuda::ceil_div(tiles, task.per_split);

@@ -165,6 +165,12 @@ inline unsigned __float_as_uint(float value) {
 inline float __uint_as_float(unsigned bits) {
     return std::bit_cast<float>(bits);
 }
+inline long long __double_as_longlong(double value) {
+    return std::bit_cast<long long>(value);
+}
+inline double __longlong_as_double(long long bits) {
+    return std::bit_cast<double>(bits);
+}
 using std::max;
 using std::min;
 inline int64_t min(int64_t a, long long b) {
