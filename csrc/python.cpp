@@ -19,5 +19,5 @@ PYBIND11_MODULE(_C, m) {
     m.attr("CUDA_ARCHITECTURES") = FASTCLUST_CUDA_ARCHITECTURES;  // "80, 90a"; empty without CUDA kernels
     m.def(
         "cpu_capability", [] { return fastclust::name_of(fastclust::cpu_capability()); },
-        "The CPU kernels in use: generic, avx2, avx512 or avx512_vnni.");
+        "The CPU kernels in use: generic, avx2, avx512, avx512_vnni or amx.");
 }

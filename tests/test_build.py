@@ -27,7 +27,7 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.
 def test_config_tells_versions_capability_and_cuda():
     printed = python("-m", "fastclust").stdout
     assert torch.__version__ in printed
-    assert re.search(r"CPU kernels +(generic|avx2|avx512|avx512_vnni), \d+ threads", printed)
+    assert re.search(r"CPU kernels +(generic|avx2|avx512|avx512_vnni|amx), \d+ threads", printed)
     assert re.search(r"CUDA kernels +(not built|built for \d+)", printed)
 
 
@@ -99,7 +99,7 @@ def _capability_objects() -> list[Path]:
 
 def test_no_shared_weak_symbol_is_compiled_for_a_capability():
     """The linker keeps one copy of a weak symbol: an AVX-512 one would crash an older CPU."""
-    objects = [o for o in _capability_objects() if "fastclust_avx" in str(o)]
+    objects = [o for o in _capability_objects() if re.search("fastclust_(avx|amx)", str(o))]
     if not objects or shutil.which("nm") is None:
         pytest.skip("needs the build folder and nm")
     leaks = set()
@@ -107,7 +107,7 @@ def test_no_shared_weak_symbol_is_compiled_for_a_capability():
         symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
         for line in symbols.splitlines():
             _, kind, name = line.split(" ", 2)
-            ours = re.search(r"\d(avx2|avx512|avx512_vnni)(E|\d)", name) or name.startswith("DW.ref.")
+            ours = re.search(r"\d(avx2|avx512|avx512_vnni|amx)(E|\d)", name) or name.startswith("DW.ref.")
             if kind in "WVu" and not ours:
                 leaks.add(f"{path.name}: {name}")
     assert not leaks

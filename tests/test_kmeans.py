@@ -15,7 +15,7 @@ import fastclust
 from fastclust import ops, reference
 
 FLOATS = [torch.float32, torch.float64]
-CAPABILITIES = ["generic", "avx2", "avx512", "avx512_vnni"]
+CAPABILITIES = ["generic", "avx2", "avx512", "avx512_vnni", "amx"]
 
 
 def blobs(*shape: int, n_blobs: int = 8, spread: float = 0.6, dtype=torch.float64, seed: int = 0) -> torch.Tensor:

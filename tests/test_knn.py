@@ -14,7 +14,7 @@ from fastclust import ops, reference
 
 METRICS = ["cosine", "inner_product", "euclidean"]
 DTYPES = [torch.float32, torch.float64]
-CAPABILITIES = ["generic", "avx2", "avx512", "avx512_vnni"]
+CAPABILITIES = ["generic", "avx2", "avx512", "avx512_vnni", "amx"]
 
 
 def clusters(n, d, *, spread=1.0, n_clusters=8, seed=0, dtype=torch.float32):

@@ -6,7 +6,7 @@
 
 namespace fastclust {
 
-enum class Capability { generic, avx2, avx512, avx512_vnni };
+enum class Capability { generic, avx2, avx512, avx512_vnni, amx };
 
 /// The best capability that this CPU and its operating system grant, lowered by FASTCLUST_CPU_CAPABILITY where that is set.
 FASTCLUST_API Capability cpu_capability();

@@ -16,10 +16,13 @@
     }
 
 #if defined(__x86_64__)
-#define FASTCLUST_CPU_BACKENDS \
-    FASTCLUST_KERNELS_IN(generic) FASTCLUST_KERNELS_IN(avx2) FASTCLUST_KERNELS_IN(avx512) FASTCLUST_KERNELS_IN(avx512_vnni)
+#define FASTCLUST_CPU_BACKENDS    \
+    FASTCLUST_KERNELS_IN(generic) \
+    FASTCLUST_KERNELS_IN(avx2) FASTCLUST_KERNELS_IN(avx512) FASTCLUST_KERNELS_IN(avx512_vnni) FASTCLUST_KERNELS_IN(amx)
 #define FASTCLUST_CHOOSE_CPU_KERNELS(T)       \
     switch (cpu_capability()) {               \
+        case Capability::amx:                 \
+            return amx::kernels<T>();         \
         case Capability::avx512_vnni:         \
             return avx512_vnni::kernels<T>(); \
         case Capability::avx512:              \

@@ -13,10 +13,10 @@
 
 namespace fastclust::products::FASTCLUST_CAPABILITY {
 
-#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
-#elif FASTCLUST_CAPABILITY_avx2
+#elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6;  // 6 x 2 of 16
 #else

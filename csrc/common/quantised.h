@@ -1,26 +1,31 @@
-// Exact products of 8-bit rows with 8-bit columns, four times the rate of float where the CPU has VNNI.
+// Exact products of 8-bit rows with 8-bit columns, four times the rate of float where the CPU has VNNI, far more with AMX.
 //
 // A row v is held as scale * q with q in [-127, 127]. The products of the q are integers, so a product of two rows is off by
 // quantisation alone, which the residuals' norms bound (Cauchy-Schwarz):
 //     |v.w - scale_v scale_w q_v.q_w|  <=  |v - v~| |w| + |v~| |w - w~|
 // One side (q + 128, unsigned) and the other (q, signed) are packed four features to a lane, the layout of vpdpbusd and of
 // AMX's tdpbusd; the excess of 128 is taken out by the value that a signed vector's sums start from.
-//     unsigned: groups of a tile's rows, [group][feature / 4][row][4]
+//     unsigned: groups of a tile's rows, [group][feature / 4][row][4]; for AMX [group][row][feature / 4][4]
 //     signed:   panels of kWidth,        [panel][feature / 4][column][4]
 #pragma once
 
 #include <cstdint>
 
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512VNNI__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 warns of the intrinsics' own undefined operands
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
 
+#if defined(__AMX_INT8__) || defined(FASTCLUST_EMULATE_AMX)
+#define FASTCLUST_TILES 1
+#include "common/tiles.h"
+#endif
+
 namespace fastclust::quantised::FASTCLUST_CAPABILITY {
 
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512VNNI__)
 constexpr bool kAvailable = true;
 #else
 constexpr bool kAvailable = false;
@@ -28,9 +33,54 @@ constexpr bool kAvailable = false;
 constexpr int kWidth = 16;
 constexpr int64_t kMaxDepth = 32768;  // 255 * 127 * depth stays below 2^30
 
+#if FASTCLUST_TILES
+constexpr bool kTiles = true;
+
+namespace tiles = fastclust::tiles::FASTCLUST_CAPABILITY;
+
+/// What a thread holds while it multiplies vectors of so many steps.
+using Multiplier = tiles::Tiles;
+
+/// Steps of four features; those beyond the depth are zeros of the signed side.
+inline int64_t steps(int64_t depth) {
+    const int64_t at_once = tiles::steps_at_once((depth + 3) / 4);
+    return ((depth + 3) / 4 + at_once - 1) / at_once * at_once;
+}
+
+/// Rows of a group, where registers would hold the sums of `in_registers`.
+constexpr int group_rows(int) {
+    return tiles::kRows;
+}
+
+/// Words of four features from one row of a group to the next, and from one step of a row to the next.
+constexpr int64_t row_stride(int64_t step_count) {
+    return step_count;
+}
+constexpr int64_t step_stride(int) {
+    return 1;
+}
+
+#else
+constexpr bool kTiles = false;
+
+struct Multiplier {
+    explicit Multiplier(int64_t) {}
+};
+
 inline int64_t steps(int64_t depth) {
     return (depth + 3) / 4;
 }
+constexpr int group_rows(int in_registers) {
+    return in_registers;
+}
+constexpr int64_t row_stride(int64_t) {
+    return 1;
+}
+constexpr int64_t step_stride(int group) {
+    return group;
+}
+
+#endif
 
 /// How a vector was quantised; the norms are rounded up.
 struct Quantised {
@@ -80,6 +130,7 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
         for (int64_t step = j / 4, part = 0; part < 4 && step < steps(depth); ++step, ++part)
             __builtin_memcpy(q + step * stride, reinterpret_cast<const uint8_t*>(&bytes) + 4 * part, 4);
     }
+    for (int64_t step = (depth + 15) / 16 * 4; step < steps(depth); ++step) __builtin_memset(q + step * stride, 0, 4);
     float residual = 0, square = 0;
     *sum = 0;
     for (int lane = 0; lane < 16; ++lane) {
@@ -91,7 +142,16 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
     return {scale, kUp * scale * __builtin_sqrtf(square), kUp * __builtin_sqrtf(residual)};
 }
 
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if FASTCLUST_TILES
+
+template <int Rows, int Group, int Panels>
+inline void multiply_tile(const uint8_t* rows, const uint8_t* panels, int64_t step_bytes, int64_t panel_bytes, int64_t count,
+                          const int32_t* start, int32_t* out, int64_t ld) {
+    static_assert(Rows == tiles::kRows && Group == tiles::kRows);
+    tiles::multiply<Panels>(rows, panels, step_bytes, panel_bytes, count, start, out, ld);
+}
+
+#elif defined(__AVX512VNNI__)
 
 /// Rows rows of a group of Group with Panels panels: out[row * ld + panel * kWidth + lane]. Steps of a panel are step_bytes
 /// apart, panels panel_bytes; `start` is what each column's sums begin with, -128 sum_j q_j.

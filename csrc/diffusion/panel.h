@@ -8,9 +8,9 @@
 namespace fastclust::diffusion::FASTCLUST_CAPABILITY {
 namespace {
 
-#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-#elif FASTCLUST_CAPABILITY_avx2
+#elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;

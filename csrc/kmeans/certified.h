@@ -32,7 +32,7 @@ inline int64_t padded_depth(int64_t d) {
 
 /// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
 struct QuantisedRows {
-    int64_t n, d;
+    int64_t n, d, steps;        // of four features
     uint8_t* panels;            // quantised.h, signed
     int32_t* starts;            // (N)
     quantised::Quantised* how;  // (N)
@@ -41,14 +41,15 @@ struct QuantisedRows {
     QuantisedRows(int64_t n_, int64_t d_, int pieces, const Context& context)
         : n(n_),
           d(d_),
-          panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes(d_))),
+          steps(quantised::steps(d_)),
+          panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes())),
           starts(context.scratch<int32_t>(n_)),
           how(context.scratch<quantised::Quantised>(n_)),
           centred(context.scratch<float>(pieces * padded_depth(d_))) {}
 
     static constexpr int64_t kLanes = quantised::kWidth;
-    static int64_t panel_bytes(int64_t d) { return kLanes * 4 * quantised::steps(d); }
-    const uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(d); }
+    int64_t panel_bytes() const { return kLanes * 4 * steps; }
+    uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(); }
 
     void prepare(int pieces, const float* x, const float* shift) {
         for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
@@ -56,7 +57,7 @@ struct QuantisedRows {
             for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
             for (int64_t row = first * kSpanRows; first < last && row < span_end(last - 1, n); ++row) {
                 for (int64_t j = 0; j < d; ++j) v[j] = x[row * d + j] - shift[j];
-                uint8_t* lane = panels + row / kLanes * panel_bytes(d) + row % kLanes * 4;
+                uint8_t* lane = panel_of(row) + row % kLanes * 4;
                 const float scale = quantised::scale_for(quantised::largest_magnitude(v, d));
                 how[row] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + row);
                 starts[row] *= -128;
@@ -67,9 +68,9 @@ struct QuantisedRows {
 
 /// Centroids ready for 8-bit products, and for float products one by one: all K, or those of `ids`.
 struct QuantisedCentres {
-    static constexpr int kGroup = 8;  // centroids of a tile
+    static constexpr int kGroup = quantised::group_rows(8);  // centroids of a tile
 
-    int64_t k, d;
+    int64_t k, d, steps;           // of four features
     const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
     const float* shift;
     float* centred;                           // (K, padded D) c - shift
@@ -82,6 +83,7 @@ struct QuantisedCentres {
     QuantisedCentres(int64_t k_, int64_t d_, const float* shift_, const Context& context)
         : k(k_),
           d(d_),
+          steps(quantised::steps(d_)),
           shift(shift_),
           centred(context.scratch<float>(k_ * padded_depth(d_))),
           squares(context.scratch<float>(k_)),
@@ -89,7 +91,8 @@ struct QuantisedCentres {
           tops(context.scratch<float>(k_)),
           groups(context.scratch<uint8_t>((k_ + kGroup - 1) / kGroup * group_bytes())) {}
 
-    int64_t group_bytes() const { return kGroup * 4 * quantised::steps(d); }
+    int64_t group_bytes() const { return kGroup * 4 * steps; }
+    uint8_t* group_of(int64_t column) const { return groups + column / kGroup * group_bytes(); }
     const float* row(int64_t column) const { return centred + column * padded_depth(d); }
     int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
 
@@ -112,8 +115,9 @@ struct QuantisedCentres {
         for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
             for (int64_t column = first; column < last; ++column) {
                 int32_t sum;
-                uint8_t* lane = groups + column / kGroup * group_bytes() + column % kGroup * 4;
-                tops[column] = quantised::quantise(row(column), d, scale, 128, lane, kGroup * 4, &sum).residual;
+                uint8_t* codes = group_of(column) + column % kGroup * quantised::row_stride(steps) * 4;
+                tops[column] =
+                    quantised::quantise(row(column), d, scale, 128, codes, quantised::step_stride(kGroup) * 4, &sum).residual;
                 halves[column] = squares[column] / (2 * scale);
             }
         });
@@ -136,14 +140,14 @@ struct QuantisedCentres {
 template <class T>
 class CertifiedAssigner;
 
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512VNNI__)
 
 template <>
 class CertifiedAssigner<float> {
    public:
     CertifiedAssigner(int64_t k, int64_t d, const Context& context)
         : staged_(context.scratch<int32_t>(kStagedLanes * quantised::steps(d))),
-          products_(context.scratch<int32_t>((k + 1) * kBlockRows)),
+          products_(context.scratch<int32_t>((k + QuantisedCentres::kGroup) * kBlockRows)),
           centred_(context.scratch<float>(kBlockRows * padded_depth(d))) {
         for (int64_t i = 0; i < kStagedLanes * quantised::steps(d); ++i) staged_[i] = 0;
         for (int64_t i = 0; i < kBlockRows * padded_depth(d); ++i) centred_[i] = 0;
@@ -153,6 +157,7 @@ class CertifiedAssigner<float> {
     /// of them. Without `exact` it takes none: the best 8-bit score decides. Scores found here are upper bounds.
     int64_t assign(const QuantisedRows& data, const QuantisedCentres& centres, const QuantisedCentres& all, const float* x,
                    const int64_t* rows, int64_t count, bool exact, const Nearest<float>& nearest) {
+        const quantised::Multiplier multiplier(data.steps);
         int64_t scored = 0;
         for (int64_t first = 0; first < count; first += kBlockRows) {
             const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
@@ -178,7 +183,6 @@ class CertifiedAssigner<float> {
 
     /// The block's rows side by side: each step of a source panel is one compressed store.
     void stage(const QuantisedRows& data, const int64_t* rows, int64_t count) {
-        const int64_t steps = quantised::steps(data.d);
         for (int64_t i = 0; i < count; ++i) {
             starts_[i] = data.starts[rows[i]];
             inverses_[i] = 1 / data.how[rows[i]].scale;
@@ -189,7 +193,7 @@ class CertifiedAssigner<float> {
             const int64_t end = rows[i] / kLanes * kLanes + kLanes;
             unsigned lanes = 0;
             for (; i < count && rows[i] < end; ++i) lanes |= 1U << rows[i] % kLanes;
-            for (int64_t step = 0; step < steps; ++step)
+            for (int64_t step = 0; step < data.steps; ++step)
                 _mm512_storeu_si512(
                     staged_ + step * kStagedLanes + filled,
                     _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_loadu_si512(from + step * kLanes)));
@@ -204,7 +208,7 @@ class CertifiedAssigner<float> {
         for (int64_t i = count; i < count + next; ++i) {
             if (data.panel_of(rows[i]) == panel) continue;
             panel = data.panel_of(rows[i]);
-            for (int64_t byte = 0; byte < QuantisedRows::panel_bytes(data.d); byte += 64) __builtin_prefetch(panel + byte);
+            for (int64_t byte = 0; byte < data.panel_bytes(); byte += 64) __builtin_prefetch(panel + byte);
         }
         if (4 * unsettled_ < count) return;
         for (int64_t i = 0; i < count; ++i)
@@ -231,10 +235,9 @@ class CertifiedAssigner<float> {
         for (auto& of_lanes : highest_)
             for (int64_t i = 0; i < Panels * kLanes; ++i) of_lanes[i] = kNone;
         for (int64_t column = first; column < last; column += QuantisedCentres::kGroup) {
-            const uint8_t* group = centres.groups + column / QuantisedCentres::kGroup * centres.group_bytes();
             const int64_t size = last - column < QuantisedCentres::kGroup ? last - column : QuantisedCentres::kGroup;
             int32_t* products = products_ + column * kBlockRows;
-            multiply_group<Panels>(group, size, quantised::steps(centres.d), products);
+            multiply_group<Panels>(centres.group_of(column), size, centres.steps, products);
             for (int panel = 0; panel < Panels; ++panel)
                 keep_group(products + panel * kLanes, centres.halves + column, static_cast<int32_t>(column - first), size,
                            panel * kLanes);
@@ -246,12 +249,13 @@ class CertifiedAssigner<float> {
         constexpr int kGroup = QuantisedCentres::kGroup;
         constexpr int64_t kStepBytes = kStagedLanes * 4, kPanelBytes = kLanes * 4;
         const auto* panels = reinterpret_cast<const uint8_t*>(staged_);
-        if (size == kGroup)
+        if (size == kGroup || quantised::kTiles)
             return quantised::multiply_tile<kGroup, kGroup, Panels>(group, panels, kStepBytes, kPanelBytes, steps, starts_, out,
                                                                     kBlockRows);
-        for (int64_t row = 0; row < size; row += 2)  // an odd last one takes along what lies beside it
-            quantised::multiply_tile<2, kGroup, Panels>(group + row * 4, panels, kStepBytes, kPanelBytes, steps, starts_,
-                                                        out + row * kBlockRows, kBlockRows);
+        if constexpr (!quantised::kTiles)
+            for (int64_t row = 0; row < size; row += 2)  // an odd last one takes along what lies beside it
+                quantised::multiply_tile<2, kGroup, Panels>(group + row * 4, panels, kStepBytes, kPanelBytes, steps, starts_,
+                                                            out + row * kBlockRows, kBlockRows);
     }
 
     /// The scores of 16 rows with one centroid.
@@ -433,7 +437,7 @@ class CertifiedAssigner<float> {
     }
 
     int32_t* staged_;        // (steps, kStagedLanes) the block's codes
-    int32_t* products_;      // (K + 1, kBlockRows)
+    int32_t* products_;      // (K and the rest of its last group, kBlockRows)
     float* centred_;         // (kBlockRows, padded D) the rows that float scores are taken of
     int64_t unsettled_ = 0;  // of the last block
     int32_t starts_[kBlockRows] = {};

@@ -14,6 +14,7 @@
 
 #include "common/parallel.h"
 #include "common/products.h"
+#include "common/quantised.h"
 #include "knn/buffer.h"
 #include "knn/rows.h"
 #include "knn/scan.h"
@@ -21,7 +22,7 @@
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
 /// Rows multiplied at a time: whole tiles of products.h and of quantised.h.
-constexpr int64_t kStrip = 24;
+constexpr int64_t kStrip = fastclust::quantised::FASTCLUST_CAPABILITY::kTiles ? 48 : 24;
 
 inline int64_t round_up(int64_t count, int64_t multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -67,6 +68,9 @@ template <class T>
 struct FloatFilter {
     using Score = float;
     using Code = float;
+    struct Multiplier {
+        explicit Multiplier(int64_t) {}
+    };
     static constexpr float kNever = -std::numeric_limits<float>::infinity();  // the bias of a row that is not there
     static constexpr float kLowest = std::numeric_limits<float>::lowest();    // a bound that every row reaches
     static constexpr int64_t kWidth = products::kWidth<float>;
@@ -75,6 +79,7 @@ struct FloatFilter {
     const int32_t* order;  // which row stands at a position
     const T* centre;
     double centre_square;
+    int64_t words;  // of a code
     float* panels;  // products.h
     float* bias;    // (padded)
     float* drop;    // (padded)
@@ -91,7 +96,7 @@ struct FloatFilter {
 
     FloatFilter(Metric metric, const Rows<T>& rows_in, const int32_t* order_in, const T* centre_in, bool with_panels,
                 const Context& context)
-        : rows(rows_in), order(order_in), centre(centre_in), centre_square(0) {
+        : rows(rows_in), order(order_in), centre(centre_in), centre_square(0), words(rows_in.depth) {
         for (int64_t j = 0; j < rows.depth; ++j) centre_square += static_cast<double>(centre[j]) * centre[j];
         bias = context.scratch<float>(padded());
         drop = context.scratch<float>(padded());

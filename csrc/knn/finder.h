@@ -68,6 +68,7 @@ class Finder {
 
     /// What one thread works in.
     struct Worker {
+        typename Filter::Multiplier multiplier;
         Buffer<typename Filter::Code> strip;
         Buffer<float> staging;
         Buffer<Score> tile, lower;
@@ -75,7 +76,8 @@ class Finder {
         Buffer<Ranked<T>> ranked, spare;
 
         explicit Worker(const Finder& finder)
-            : strip(finder.rows_.strip_size()),
+            : multiplier(finder.rows_.words),
+              strip(finder.rows_.strip_size()),
               staging(kStrip * finder.search_.d),
               tile(kStrip * (finder.block_ > 4 * kGroup ? finder.block_ : 4 * kGroup)),
               lower(finder.block_ > finder.found_.capacity ? finder.block_ : finder.found_.capacity),

@@ -4,7 +4,7 @@
 
 #include "common/quantised.h"
 
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512VNNI__)
 
 #include <atomic>
 #include <cmath>
@@ -69,6 +69,7 @@ template <class T>
 struct Int8Filter {
     using Score = int32_t;
     using Code = uint32_t;  // four features
+    using Multiplier = quantised::Multiplier;
     static constexpr int32_t kNever = -(1 << 30);
     static constexpr int32_t kLowest = -(1 << 29);
     static constexpr int64_t kMostDepth = 16384;  // products below 2^28
@@ -79,6 +80,7 @@ struct Int8Filter {
     const T* centre;
     Quantiser quantiser;
     double unit, centre_square = 0;
+    int64_t words;     // of a code
     uint32_t* panels;  // quantised.h
     int32_t* starts;   // quantised.h (padded), plus bias
     int32_t* bias;
@@ -87,8 +89,7 @@ struct Int8Filter {
 
     static int64_t bytes_per_row(int64_t depth) { return depth; }
     int64_t padded() const { return round_up(rows.count, kGroup); }
-    int64_t words() const { return quantised::steps(rows.depth); }
-    int64_t strip_size() const { return kStrip * words(); }
+    int64_t strip_size() const { return kStrip * words; }
     int32_t at_most(T exact) const { return static_cast<int32_t>(std::floor(static_cast<double>(exact) / unit)) - 1; }
 
     Int8Filter(Metric metric, const Rows<T>& rows_in, const int32_t* order_in, const T* centre_in,
@@ -98,7 +99,8 @@ struct Int8Filter {
           centre(centre_in),
           quantiser(quantiser_in),
           unit(static_cast<double>(quantiser.step) * quantiser.step),
-          panels(context.scratch<uint32_t>(padded() * words())),
+          words(quantised::steps(rows.depth)),
+          panels(context.scratch<uint32_t>(padded() * words)),
           starts(context.scratch<int32_t>(padded())),
           bias(context.scratch<int32_t>(padded())),
           drop(context.scratch<int32_t>(padded())) {
@@ -106,7 +108,7 @@ struct Int8Filter {
         std::atomic<bool> within{true};
         parallel_for(0, padded(), 4096 / rows.depth + 1, [&](int64_t begin, int64_t end) {
             const Buffer<T> z(rows.depth);
-            const Buffer<uint32_t> codes(words());
+            const Buffer<uint32_t> codes(words);
             for (int64_t position = begin; position < end; ++position)
                 if (!pack(metric, exact, position, z.data, codes.data)) within.store(false, std::memory_order_relaxed);
         });
@@ -117,32 +119,33 @@ struct Int8Filter {
     void load(const int32_t* positions, int64_t count, uint32_t* strip, float*) const {
         for (int64_t r = 0; r < kStrip; ++r) {
             const uint32_t* from = column(positions[r < count ? r : count - 1]);
-            uint32_t* out = strip + r / kTileRows * kTileRows * words() + r % kTileRows;
-            for (int64_t w = 0; w < words(); ++w) out[w * kTileRows] = from[w * quantised::kWidth] ^ kExcess;
+            uint32_t* out = strip + r / kTileRows * kTileRows * words + r % kTileRows * quantised::row_stride(words);
+            for (int64_t w = 0; w < words; ++w)
+                out[w * quantised::step_stride(kTileRows)] = from[w * quantised::kWidth] ^ kExcess;
         }
     }
 
     void multiply(const uint32_t* strip, int64_t count, int64_t first, int64_t columns, int32_t* out) const {
-        constexpr int kPanels = 2;
+        constexpr int kPanels = quantised::kTiles ? 4 : 2;
         constexpr int64_t kTileColumns = kPanels * quantised::kWidth, kLineBytes = quantised::kWidth * 4;
         for (int64_t c = 0; c < columns; c += kTileColumns)
             for (int64_t r = 0; r < count; r += kTileRows)
                 quantised::multiply_tile<kTileRows, kTileRows, kPanels>(
-                    reinterpret_cast<const uint8_t*>(strip + r * words()), reinterpret_cast<const uint8_t*>(column(first + c)),
-                    kLineBytes, kLineBytes * words(), words(), starts + first + c, out + r * columns + c, columns);
+                    reinterpret_cast<const uint8_t*>(strip + r * words), reinterpret_cast<const uint8_t*>(column(first + c)),
+                    kLineBytes, kLineBytes * words, words, starts + first + c, out + r * columns + c, columns);
     }
 
    private:
-    static constexpr int kTileRows = 12;
+    static constexpr int kTileRows = quantised::group_rows(12);
     static constexpr uint32_t kExcess = 0x80808080U;  // 128 in each byte
 
     uint32_t* column(int64_t position) const {
-        return panels + position / quantised::kWidth * quantised::kWidth * words() + position % quantised::kWidth;
+        return panels + position / quantised::kWidth * quantised::kWidth * words + position % quantised::kWidth;
     }
 
     bool pack(Metric metric, bool exact, int64_t position, T* z, uint32_t* words_out) {
         const int64_t depth = rows.depth;
-        for (int64_t w = 0; w < words(); ++w) words_out[w] = 0;
+        for (int64_t w = 0; w < words; ++w) words_out[w] = 0;
         int32_t sum = 0;
         bias[position] = kNever;
         drop[position] = 0;
@@ -173,7 +176,7 @@ struct Int8Filter {
         }
         starts[position] = bias[position] - 128 * sum;
         uint32_t* out = column(position);
-        for (int64_t w = 0; w < words(); ++w) out[w * quantised::kWidth] = words_out[w];
+        for (int64_t w = 0; w < words; ++w) out[w * quantised::kWidth] = words_out[w];
         return within;
     }
 };

@@ -67,7 +67,7 @@ void search_with_float(const Problem<T>& p) {
     p.run(FloatFilter<T>(metric, p.queries, p.query_order, p.centre, false, p.context), columns, kAny);
 }
 
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512VNNI__)
 /// False where 8 bits are not the better filter: few features, few rows, or scores too close to each other.
 template <class T>
 bool search_with_int8(const Problem<T>& p) {
@@ -99,7 +99,7 @@ void search(const Search<T>& s, const Context& context) {
         exponent = common_exponent(largest);
     }
     const Problem<T> problem{s, exponent, context};
-#if FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512VNNI__)
     if (search_with_int8(problem)) return;
 #endif
     search_with_float(problem);

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#if FASTCLUST_CAPABILITY_avx2 || FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -13,7 +13,7 @@ namespace fastclust::knn::FASTCLUST_CAPABILITY {
 /// Columns compared at once.
 constexpr int64_t kGroup = 64;
 
-#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512F__)
 
 constexpr int kScanLanes = 16;
 inline __m512 load_scores(const float* p) {
@@ -47,7 +47,7 @@ inline uint64_t reaching(__m512i a, __m512i floor) {
     return _mm512_cmpge_epi32_mask(a, floor);
 }
 
-#elif FASTCLUST_CAPABILITY_avx2
+#elif defined(__AVX2__)
 
 constexpr int kScanLanes = 8;
 inline __m256 load_scores(const float* p) {

@@ -11,9 +11,9 @@
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
 namespace {
 
-#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kRows = 8;
-#elif FASTCLUST_CAPABILITY_avx2
+#elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kRows = 4;
 #else
 constexpr int kVectorBytes = 16, kRows = 4;

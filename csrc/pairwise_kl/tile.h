@@ -6,7 +6,7 @@
 
 #include "pairwise_kl/batch.h"
 
-#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -111,7 +111,7 @@ uint64_t equal_bits(const T* values, T value) {
     return bits;
 }
 
-#if FASTCLUST_CAPABILITY_avx512 || FASTCLUST_CAPABILITY_avx512_vnni
+#if defined(__AVX512F__)
 inline uint64_t equal_bits(const float* values, float value) {
     uint64_t bits = 0;
     for (int j = 0; j < kBlock; j += 16)

@@ -177,10 +177,12 @@ void run_all() {
     run_kmeans<T>(1, 1, 1, 1);
     run_kmeans<T>(3, 67, 5, 3);
     run_kmeans<T>(1, 900, 33, 17);
+    run_kmeans<T>(1, 130, 19, 150);
     run_graph<T>(2, 1, 1, 1);
     run_graph<T>(301, 9, 17, 5);
     run_graph<T>(40, 39, 65, 33);
     run_graph<T>(700, 21, 35, 3);
+    run_graph<T>(513, 5, 131, 1);
     run_pairs<T>(2, 1, 1);
     run_pairs<T>(131, 33, 7);
 }
