@@ -145,7 +145,8 @@ class Learner:
     def _start(self, base: Base) -> tuple[dict[str, Any], nn.Module | None]:
         """What to build the networks from, and the network whose backbone they take, if there is one."""
         if self.config.start == "base" and isinstance(base.network, networks.Classifier):
-            return dict(base.architecture or {}), base.network
+            # Features of unit length leave a fresh layer's logits near 0.
+            return (base.architecture or {}) | {"unit_length": False}, base.network
         channels, size = self.images.shape[1], tuple(self.images.shape[2:])
         small = channels == 1 and max(size) <= 28
         architecture = {

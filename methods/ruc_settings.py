@@ -112,8 +112,8 @@ SMALL = replace(
     PAPER,
     threads=1,
     epsilon=0.3,  # 0.5 leaves networks this small less sure than they are right
-    epochs=20,
-    tau2_every=4,
+    epochs=12,
+    tau2_every=3,
     batch=50,
     neighbours=20,
     pad=0,
