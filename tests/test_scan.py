@@ -217,7 +217,7 @@ def test_the_head_with_the_lowest_validation_loss_is_kept(small: Config) -> None
 
 def test_without_a_confident_image_self_labelling_changes_nothing(small: Config) -> None:
     learner = learner_of(dataclasses.replace(small, confidence=0.9999))
-    learner.optimizer = learner.adam(learner.network)
+    learner.optimizer = learner.adam(learner.network, 0.01)
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
     assert learner.self_labelling_pass(Progress(0)) == {"loss": 0.0, "loss_self": 0.0, "confident": 0.0}
     for name, value in learner.network.state_dict().items():
