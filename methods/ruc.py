@@ -181,7 +181,7 @@ class Learner:
             self.predictions[k] = self.predict(self.networks[k])
         if config.refurbish == "epoch":
             self.labels, self.clean = co_refurbish(self.labels, self.clean, self.predictions, threshold)
-        if epoch in {max(config.epochs // 4, 1), max(config.epochs // 2, 1)}:
+        if config.report and epoch in {max(config.epochs // 4, 1), max(config.epochs // 2, 1)}:
             self.snapshots[epoch] = self.shown_features()
         means = {name: float(total) / (self.steps * len(self.networks)) for name, total in totals.items()}
         if not all(map(math.isfinite, means.values())):

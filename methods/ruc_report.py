@@ -149,20 +149,22 @@ def write_results(
     seconds = sum(metrics["seconds"] for metrics in run.history)
 
     title = f"RUC on {data.name}, base {config.base}, seed {config.seed}"
-    facts = in_brief(figures) | {"images": f"{n}", "epochs": f"{config.epochs}", "time": f"{seconds:.0f} s"}
-    sections = [
-        Section("Training", "What each epoch left.", curves(run.history, PANELS, from_zero=False)),
-        *clean_sections(run, clean),
-        *judged_sections(whole, answers, clean),
-        *attack_sections(config, found),
-        features_section(data, base, learner),
-        *image_sections(data, base, learner.assignments()),
-    ]
-    run.write_text("report.html", page(title, facts, sections))
+    if config.report:
+        facts = in_brief(figures) | {"images": f"{n}", "epochs": f"{config.epochs}", "time": f"{seconds:.0f} s"}
+        sections = [
+            Section("Training", "What each epoch left.", curves(run.history, PANELS, from_zero=False)),
+            *clean_sections(run, clean),
+            *judged_sections(whole, answers, clean),
+            *attack_sections(config, found),
+            features_section(data, base, learner),
+            *image_sections(data, base, learner.assignments()),
+        ]
+        run.write_text("report.html", page(title, facts, sections))
     run.finish(figures | {"epochs": len(run.history), "seconds": seconds})
     outcome = ", ".join(f"{name} {value}" for name, value in in_brief(figures).items())
     print(f"{title}: {outcome + ', ' if outcome else ''}{seconds:.0f} s")
-    print(f"  what the run left  {run.path}/report.html, assignments.npz, predictions.csv, metrics.jsonl")
+    report = "report.html, " if config.report else ""
+    print(f"  what the run left  {run.path}/{report}assignments.npz, predictions.csv, metrics.jsonl")
     print(f"  assign new images  python -m methods.predict {run.path} IMAGE...")
 
 

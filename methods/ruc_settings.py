@@ -103,6 +103,8 @@ class Config(RunConfig):
     """ε of FGSM and BIM, pixels being 0 … 1."""
     attacked: int = 500
     """Images to attack, where the base has a network to compare with or not; 0: none."""
+    report: bool = True
+    """Draw report.html; t-SNE takes as long as some epochs."""
 
 
 PAPER = Config(preset="paper", data="cifar10")

@@ -68,16 +68,8 @@ def small(stripes: Path, base: Path, tmp_path: Path) -> Config:
         scale=0.0,
         attacked=20,
         attacks=(0.05,),
+        report=False,
     )
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that look at no report: its pictures take longer than the training."""
-    for name in ("clean_sections", "judged_sections", "attack_sections", "image_sections"):
-        monkeypatch.setattr(ruc_report, name, lambda *arguments: [])
-    monkeypatch.setattr(ruc_report, "curves", lambda *arguments, **options: "")
-    monkeypatch.setattr(ruc_report, "embedding", lambda *arguments: "")
 
 
 def distributions(n: int, c: int) -> Tensor:
@@ -271,7 +263,7 @@ def test_bim_stays_within_epsilon_and_is_no_weaker() -> None:
 
 def test_a_run_mends_its_base_and_leaves_its_files(small: Config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ruc_report, "embedding", lambda *arguments: "")  # t-SNE takes longer than all else
-    config = dataclasses.replace(small, epochs=8, lr=0.03)
+    config = dataclasses.replace(small, epochs=8, lr=0.03, report=True)
     run = train(config)
     result = json.loads((run.path / "result.json").read_text())
     assert result["base_acc"] < 90
@@ -310,9 +302,7 @@ def test_a_run_mends_its_base_and_leaves_its_files(small: Config, tmp_path: Path
     assert isinstance(found.network, networks.Ensemble)
 
 
-def test_shuffled_truth_leaves_the_same_weights(
-    small: Config, stripes: Path, tmp_path: Path, no_pictures: None
-) -> None:
+def test_shuffled_truth_leaves_the_same_weights(small: Config, stripes: Path, tmp_path: Path) -> None:
     with np.load(stripes) as file:
         arrays = dict(file)
     rng = np.random.default_rng(3)
@@ -328,7 +318,7 @@ def test_shuffled_truth_leaves_the_same_weights(
         assert all(torch.equal(a, b) for a, b in pairs), part
 
 
-def test_a_resumed_run_ends_with_the_same_bits(small: Config, no_pictures: None, monkeypatch) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(small: Config, monkeypatch) -> None:
     config = dataclasses.replace(small, compat="released", pad=0, cutout=0, epochs=3)
     monkeypatch.setattr(ruc, "as_released", lambda config: dataclasses.replace(as_released(config), batch=30, cutout=2))
     whole = train(config)
@@ -358,9 +348,7 @@ def test_a_resumed_run_ends_with_the_same_bits(small: Config, no_pictures: None,
     ("variant", "n_networks", "strong"),
     [("full", 2, True), ("no-co-training", 1, True), ("no-label-smoothing", 2, False), ("mixmatch", 1, False)],
 )
-def test_the_ablations_leave_their_part_out(
-    small: Config, variant: str, n_networks: int, strong: bool, no_pictures: None
-) -> None:
+def test_the_ablations_leave_their_part_out(small: Config, variant: str, n_networks: int, strong: bool) -> None:
     run = train(dataclasses.replace(small, variant=variant, epochs=1, base="kmeans", strategy="metric", attacked=0))
     state = load_checkpoint(run.path)["state"]
     assert len(state["optimizers"]) == n_networks
@@ -368,7 +356,7 @@ def test_the_ablations_leave_their_part_out(
     assert ("loss_strong" in run.history[0]) is strong
 
 
-def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, stripes: Path, no_pictures: None) -> None:
+def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, stripes: Path) -> None:
     from methods import bsc_ic
 
     before = dataclasses.replace(
@@ -394,6 +382,14 @@ def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, stripe
         ruc.load_with_base(dataclasses.replace(config, data="digits"))
     with pytest.raises(UserError, match="--subset 60"):
         ruc.load_with_base(dataclasses.replace(config, subset=30))
+
+
+def test_two_networks_answer_by_the_mean_of_their_probabilities() -> None:
+    shape = {"n_channels": 1, "image_size": (8, 8), "n_outputs": 3, "weight_norm": False}
+    both, images = networks.build("cnn-small", **shape, members=2).eval(), torch.rand(5, 1, 8, 8)
+    expected = torch.stack([member(images).softmax(dim=1) for member in both.members]).mean(dim=0)
+    torch.testing.assert_close(both(images).softmax(dim=1), expected)
+    torch.testing.assert_close(both(images).exp(), expected)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
