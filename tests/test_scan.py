@@ -210,9 +210,12 @@ def test_the_head_with_the_lowest_validation_loss_is_kept(small: Config) -> None
     kept = learner.network.head.weight.clone()
     with torch.no_grad():
         learner.wide.head.weight.zero_()
-        learner.wide.head.bias.copy_(torch.tensor([9.0, 0.0, 0.0]).repeat(2))
-    assert learner.choose(2)["best_epoch"] == 1
-    assert torch.equal(learner.network.head.weight, kept)
+        learner.wide.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0]).repeat(2))
+    resumed = learner_of(small)
+    resumed.load_state(learner.state() | {"epoch": 1})
+    for chooser in (learner, resumed):
+        assert chooser.choose(2)["best_epoch"] == 1
+        assert torch.equal(chooser.network.head.weight, kept)
 
 
 def test_without_a_confident_image_self_labelling_changes_nothing(small: Config) -> None:
