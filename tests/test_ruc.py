@@ -263,7 +263,7 @@ def test_bim_stays_within_epsilon_and_is_no_weaker() -> None:
 
 def test_a_run_mends_its_base_and_leaves_its_files(small: Config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ruc_report, "embedding", lambda *arguments: "")  # t-SNE takes longer than all else
-    config = dataclasses.replace(small, epochs=8, lr=0.03, report=True)
+    config = dataclasses.replace(small, epochs=6, lr=0.03, report=True)
     run = train(config)
     result = json.loads((run.path / "result.json").read_text())
     assert result["base_acc"] < 90
@@ -356,9 +356,11 @@ def test_the_ablations_leave_their_part_out(small: Config, variant: str, n_netwo
     assert ("loss_strong" in run.history[0]) is strong
 
 
-def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, stripes: Path) -> None:
+def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, monkeypatch) -> None:
     from methods import bsc_ic
 
+    monkeypatch.setattr(bsc_ic, "curves", lambda *arguments, **options: "")
+    monkeypatch.setattr(bsc_ic, "assignment_sections", lambda *arguments: [])
     before = dataclasses.replace(
         bsc_ic.PRESETS["digits"], data=small.data, runs=small.runs, epochs=1, batch=40, subset=60, seed=4
     )
@@ -434,6 +436,7 @@ def spoilt(arrays: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
         ("", {"epsilon": 1.5}, "--epsilon 1.5"),
         ("", {"views": 0}, "--views 0"),
         ("", {"part": "all"}, "--part all"),
+        ("", {"base": "kmeans", "clusters": 1}, "--clusters must be 2 or more"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

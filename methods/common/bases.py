@@ -135,6 +135,11 @@ def kmeans(data: ImageData, n_clusters: int, seed: int) -> Base:
 
     All clusters have one variance in all directions, the mean squared distance to the centroids over the dimensions.
     """
+    if not 2 <= n_clusters <= len(data.x_train):
+        raise UserError(
+            f"--base kmeans: {n_clusters} clusters of {len(data.x_train)} images; without classes in the data "
+            f"--clusters must be 2 or more, and no more than the images"
+        )
     pixels = data.x_train.flatten(start_dim=1).float() / 255
     found = fastclust.kmeans(pixels, n_clusters, n_init=10, seed=seed)
     scale = (2 * found.inertia / pixels.numel()).clamp(min=1e-12).rsqrt().to(pixels)
