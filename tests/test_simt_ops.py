@@ -119,8 +119,34 @@ class TestPairwiseKL:
     def test_backward(self, worker, rng, dtype, detach, b, k):
         log_p, labels = self.batch(rng, b, k, dtype, empty=False)
         _, got, _ = self.run(worker, log_p, labels, detach)
+        self.check_gradient(got, log_p, labels, detach)
+
+    @pytest.mark.parametrize(("b", "k", "detach"), [(5, 2, False), (130, 5, False), (17, 130, True)])
+    def test_products(self, worker, rng, b, k, detach):
+        """The tensor cores' way, in panels of 128 rows; some rows lack what others of another label have."""
+        log_p, labels = self.batch(rng, b, k, np.float32, empty=False)
+        log_p[labels == 2] *= 1e-3  # nearly equal rows, whose products cancel
+        log_p[labels == 2] = log_softmax(log_p[labels == 2])
+        log_p[labels == 3, 1] = -np.inf
+        ints = [b, k, detach, 128]
+        loss, got = call(worker, "pairwise_kl_products", log_p, ints, [2.0], [log_p, labels], [log_p.dtype] * 2)
+        np.testing.assert_allclose(loss, self.reference(log_p, labels, 2.0)[0], rtol=2e-5)
+        self.check_gradient(got, log_p, labels, detach)
+        if b < 100:
+            (alone,) = call(worker, "pairwise_kl_products", log_p, [*ints, 0], [2.0], [log_p, labels], [log_p.dtype])
+            np.testing.assert_array_equal(alone, loss)
+
+    def test_products_tell_of_infinite_divergences(self, worker, rng):
+        log_p, labels = self.batch(rng, 40, 9, np.float32)
+        assert np.isneginf(log_p).any()
+        ints = [*log_p.shape, False, 128]
+        loss, _ = call(worker, "pairwise_kl_products", log_p, ints, [2.0], [log_p, labels], [log_p.dtype] * 2)
+        assert np.isposinf(loss)
+
+    def check_gradient(self, got, log_p, labels, detach):
+        (b, k), dtype = log_p.shape, log_p.dtype
         _, g = self.reference(log_p, labels, 2.0)
-        log_p = log_p.astype(np.float64)
+        log_p = np.maximum(log_p.astype(np.float64), -1e300)  # where p is 0 no product with it counts
         p = np.exp(log_p)
         expected = -g.T @ p
         if not detach:

@@ -86,6 +86,11 @@ __device__ __forceinline__ T warp_sum(T value) {
     return value;
 }
 
+__device__ __forceinline__ float warp_max(float value) {
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, bits));
+    return value;
+}
+
 /// Sum over the block, the same for every thread and on every run; `slots` holds one value per warp.
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T* slots) {

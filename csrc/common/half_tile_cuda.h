@@ -21,17 +21,26 @@ struct RowInfo {
     float factor, norm, error;
 };
 
+/// A power of two that brings values of at most `greatest` into the range of halves, and its inverse.
+struct HalfScale {
+    float scale, factor;
+};
+
+__device__ inline HalfScale half_scale(float greatest) {
+    int exponent = 0;
+    if (greatest > 0 && greatest < INFINITY) frexpf(greatest, &exponent);
+    exponent = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
+    return {ldexpf(1.0f, 14 - exponent), ldexpf(1.0f, exponent - 14)};
+}
+
 /// One warp rounds one row. shift (D) may be null.
 __device__ inline RowInfo round_row(const float* x, const float* shift, int64_t d, Half* out) {
     const int64_t lane = threadIdx.x % kWarp;
     const auto moved = [&](int64_t t) { return shift == nullptr ? x[t] : x[t] - shift[t]; };
     float greatest = 0;
     for (int64_t t = lane; t < d; t += kWarp) greatest = fmaxf(greatest, fabsf(moved(t)));
-    for (int bits = kWarp / 2; bits > 0; bits /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(kAllLanes, greatest, bits));
-    int exponent = 0;
-    if (greatest > 0 && greatest < INFINITY) frexpf(greatest, &exponent);
-    exponent = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
-    const float scale = ldexpf(1.0f, 14 - exponent), factor = ldexpf(1.0f, exponent - 14);
+    greatest = warp_max(greatest);
+    const auto [scale, factor] = half_scale(greatest);
     double norm = 0, error = 0;
     for (int64_t t = lane; t < padded_depth(d); t += kWarp) {
         const Half half = t < d ? to_half(moved(t) * scale) : Half{0};
@@ -71,22 +80,31 @@ struct HalfTile {
         return warp % 2 * 64 + j * 8 + lane % 4 * 2 + e % 2;
     }
 
-    /// Whether all of b stays in shared memory from one run to the next, so that `keep_b` may be true in later ones.
-    __device__ static bool holds(int64_t rows_b, int64_t depth) { return rows_b <= kCols && depth <= kStages * kDepth; }
+    /// Rows of halves from a tile's first one on.
+    struct Rows {
+        const Half* data;
+        int64_t count, stride;
+    };
 
-    /// a (rows_a, depth) and b (rows_b, depth) begin at the tile; depth is a padded_depth. The whole block calls.
-    __device__ static void run(const Half* a, int64_t rows_a, const Half* b, int64_t rows_b, int64_t depth, Shared& shared,
-                               float (&sum)[kDown][kAcross][4], bool keep_b = false) {
-        const int steps = static_cast<int>(ceil_div(depth, kDepth));
+    using Sums = float[kDown][kAcross][4];
+
+    __device__ static void clear(Sums& sum) {
         for (auto& row : sum)
             for (auto& tile : row)
                 for (float& element : tile) element = 0;
+    }
+
+    /// Whether all of b stays in shared memory from one `add` to the next, so that `keep_b` may be true in later ones.
+    __device__ static bool holds(int64_t rows_b, int64_t depth) { return rows_b <= kCols && depth <= kStages * kDepth; }
+
+    /// sum += a b^T over the first `depth` elements of the rows, a padded_depth. The whole block calls.
+    __device__ static void add(const Rows& a, const Rows& b, int64_t depth, Shared& shared, Sums& sum, bool keep_b = false) {
+        const int steps = static_cast<int>(ceil_div(depth, kDepth));
         __syncthreads();
-        fetch(a, rows_a, b, rows_b, depth, 0, shared.stage[0], keep_b);
+        fetch(a, b, depth, 0, shared.stage[0], keep_b);
         commit_copies();
         for (int step = 0; step < steps; ++step) {
-            if (step + 1 < steps)
-                fetch(a, rows_a, b, rows_b, depth, (step + 1) * kDepth, shared.stage[(step + 1) % kStages], keep_b);
+            if (step + 1 < steps) fetch(a, b, depth, (step + 1) * kDepth, shared.stage[(step + 1) % kStages], keep_b);
             commit_copies();
             wait_copies<1>();
             __syncthreads();
@@ -101,25 +119,24 @@ struct HalfTile {
     /// Where chunk `chunk` of a row lies: swizzled, so that eight rows' equal chunks fall into different banks.
     __device__ static int place(int row, int chunk) { return row * kDepth + (chunk ^ row % 8) * kChunkHalves; }
 
-    __device__ static void fetch(const Half* a, int64_t rows_a, const Half* b, int64_t rows_b, int64_t depth, int64_t start,
-                                 Stage& stage, bool keep_b) {
-        copy_rows(a, rows_a, depth, start, stage.a);
-        if (!keep_b) copy_rows(b, rows_b, depth, start, stage.b);
+    __device__ static void fetch(const Rows& a, const Rows& b, int64_t depth, int64_t start, Stage& stage, bool keep_b) {
+        copy_rows(a, depth, start, stage.a);
+        if (!keep_b) copy_rows(b, depth, start, stage.b);
     }
 
     /// Depths [start, start + kDepth) of 128 rows, zeros for those that are not there.
-    __device__ static void copy_rows(const Half* from, int64_t rows, int64_t depth, int64_t start, Half* stage) {
+    __device__ static void copy_rows(const Rows& rows, int64_t depth, int64_t start, Half* stage) {
         constexpr int kChunks = kDepth / kChunkHalves, kStep = kThreads / kChunks;
         static_assert(kRows == kCols && kStep % 8 == 0);
         const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-        const int64_t t = start + chunk * kChunkHalves, last = t < depth ? rows : 0;
-        const Half* source = from + first * depth + t;
+        const int64_t t = start + chunk * kChunkHalves, last = t < depth ? rows.count : 0;
+        const Half* source = rows.data + first * rows.stride + t;
         Half* target = stage + place(first, chunk);
-        for (int row = first; row < kRows; row += kStep, source += kStep * depth, target += kStep * kDepth)
-            copy_async(target, row < last ? source : from, row < last ? 16 : 0);
+        for (int row = first; row < kRows; row += kStep, source += kStep * rows.stride, target += kStep * kDepth)
+            copy_async(target, row < last ? source : rows.data, row < last ? 16 : 0);
     }
 
-    __device__ static void multiply(const Stage& stage, int depth, float (&sum)[kDown][kAcross][4]) {
+    __device__ static void multiply(const Stage& stage, int depth, Sums& sum) {
         const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
         for (int t = 0; t < depth; t += kHalfStep) {
             uint32_t rows[kDown][4];

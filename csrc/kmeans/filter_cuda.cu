@@ -115,8 +115,8 @@ __device__ float score_error(const RowInfo& x, float2 worst, int64_t depth) {
 }
 
 /// Takes the scores of a tile's 128 centroids into `best`; columns (128): |c|^2 and twice the factor. |x|^2 never matters.
-__device__ __forceinline__ void take_scores(const float (&sum)[HalfTile::kDown][HalfTile::kAcross][4], const float2* columns,
-                                            const float* factors, int32_t first, Bests& best) {
+__device__ __forceinline__ void take_scores(const HalfTile::Sums& sum, const float2* columns, const float* factors,
+                                            int32_t first, Bests& best) {
     float factor[HalfTile::kDown][2];
     for (int i = 0; i < HalfTile::kDown; ++i)
         for (int half = 0; half < 2; ++half) factor[i][half] = factors[HalfTile::row_of(i, 2 * half)];
@@ -182,9 +182,11 @@ __global__ void __launch_bounds__(HalfTile::kThreads, kBlocksPerProcessor) filte
         Bests best;
         for (auto& pair : best) pair[0] = pair[1] = {INFINITY, INFINITY, 0};
         for (int64_t first = 0; first < a.k; first += HalfTile::kCols) {
-            float sum[HalfTile::kDown][HalfTile::kAcross][4];
-            HalfTile::run(f.x + first_row * depth, a.n - start, f.centroids + (g * a.k + first) * depth, a.k - first, depth,
-                          shared.tile, sum, g == group && HalfTile::holds(a.k, depth));
+            HalfTile::Sums sum;
+            HalfTile::clear(sum);
+            HalfTile::add({f.x + first_row * depth, a.n - start, depth},
+                          {f.centroids + (g * a.k + first) * depth, a.k - first, depth}, depth, shared.tile, sum,
+                          g == group && HalfTile::holds(a.k, depth));
             take_scores(sum, f.columns + g * columns + first, shared.factor, static_cast<int32_t>(first), best);
         }
         group = g;

@@ -116,9 +116,10 @@ __global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask f) {
         }
         for (int64_t tile = split * task.per_split; tile < (split + 1) * task.per_split && tile < tiles; ++tile) {
             const int64_t first = tile * kCols;
-            float sum[HalfTile::kDown][HalfTile::kAcross][4];
-            HalfTile::run(f.queries.halves + start * depth, a.m - start, f.x.halves + first * depth, a.n - first, depth,
-                          shared.tile, sum);
+            HalfTile::Sums sum;
+            HalfTile::clear(sum);
+            HalfTile::add({f.queries.halves + start * depth, a.m - start, depth},
+                          {f.x.halves + first * depth, a.n - first, depth}, depth, shared.tile, sum);
 #pragma unroll
             for (int i = 0; i < HalfTile::kDown; ++i)
 #pragma unroll

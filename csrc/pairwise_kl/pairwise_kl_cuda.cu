@@ -1,23 +1,16 @@
 // Both directions of KL come from one tile of rows i against rows j: with the difference u = log p_i - log p_j, p_i u goes to
 // KL_ij and -p_j u to KL_ji. Nothing of size B x B is stored; the gradient makes each tile again, since what a pair counts for
-// is known only when all pairs are counted.
+// is known only when all pairs are counted. float batches of any size go by products instead (products_cuda.cu).
+#include <algorithm>
 #include <climits>
 #include <cmath>
 
-#include "common/cuda.h"
-#include "pairwise_kl/pairwise_kl.h"
+#include "pairwise_kl/pairwise_kl_cuda.h"
 
 namespace fastclust::pairwise_kl::cuda {
 namespace {
 
-using fastclust::cuda::block_sum;
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::check;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::shared_memory;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -289,7 +282,7 @@ __global__ void inspect_rows(Batch<T> a, unsigned long long* result) {
 
 template <class T>
 Findings inspect(const Batch<T>& a, const Context& context) {
-    if (fastclust::cuda::is_capturing(context.stream)) return {};
+    if (is_capturing(context.stream)) return {};
     const auto stream = static_cast<cudaStream_t>(context.stream);
     unsigned long long host[4] = {0, ULLONG_MAX, 0, ULLONG_MAX};
     auto* result = context.scratch<unsigned long long>(4);
@@ -323,6 +316,11 @@ void gradient(const Loss<T>& a, const T* slopes, const Context& context) {
 
 template <class T>
 void loss(const Loss<T>& a, const Context& context) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        constexpr int64_t kPanelBytes = int64_t{1} << 27;
+        if (wants_products(a.batch))
+            return loss_by_products(a, std::max<int64_t>(128, kPanelBytes / (4 * a.batch.b) / 128 * 128), context);
+    }
     constexpr int64_t kMostBlocks = 4096;  // a constant, for the same reason
     const int64_t side = ceil_div(a.batch.b, kRows), blocks = side * side < kMostBlocks ? side * side : kMostBlocks;
     auto* partials = context.scratch<Partial>(blocks);

@@ -11,7 +11,7 @@
 #include "diffusion/diffusion.h"
 #include "kmeans/kmeans.h"
 #include "knn/knn.h"
-#include "pairwise_kl/pairwise_kl.h"
+#include "pairwise_kl/pairwise_kl_cuda.h"
 #include "planted.h"
 #include "simt.h"
 #include "soft_assign/soft_assign.h"
@@ -116,6 +116,14 @@ void pairwise_kl(Call& c) {
     findings[2] = found.labels.count, findings[3] = found.labels.first;
 }
 
+/// The fourth of the whole numbers is the number of rows of a panel; with a fifth the loss alone is wanted.
+void pairwise_kl_products(Call& c) {
+    const auto batch = pairwise_batch<float>(c);
+    float* loss = c.out<float>(1);
+    float* grad = c.ints.size() > 4 ? nullptr : c.out<float>(batch.b * batch.k);
+    fastclust::pairwise_kl::cuda::loss_by_products({batch, c.ints[2] != 0, loss, grad}, c.ints[3], c.context());
+}
+
 template <class T>
 fastclust::diffusion::Graph<T> csr(Call& c) {
     return {c.ints[0], c.ints[1], c.in<int64_t>(0), c.in<int64_t>(1), c.in<T>(2)};
@@ -182,6 +190,7 @@ const std::map<std::string, void (*)(Call&)> kCalls = {
     FOR_BOTH_FLOATS(soft_assign),
     FOR_BOTH_FLOATS(soft_assign_backward),
     FOR_BOTH_FLOATS(pairwise_kl),
+    {"pairwise_kl_products.float32", pairwise_kl_products},
     FOR_BOTH_FLOATS(diffuse),
     FOR_BOTH_FLOATS(inspect_graph),
     FOR_BOTH_FLOATS(knn),
