@@ -103,6 +103,30 @@ def attacked(config: Config, data: ImageData, answers: list[Answer]) -> dict[str
     return found
 
 
+def all_figures(
+    run: Run,
+    config: Config,
+    data: ImageData,
+    n_train: int,
+    base: Base,
+    clean: Tensor,
+    answers: list[Answer],
+    found: Mapping[str, Mapping[str, list[float]]],
+) -> dict[str, float]:
+    """What result.json holds: RUC's figures by name, the base's under base_…, the first clean set's under start_…"""
+    truth, figures = torch.cat([data.y_train, data.y_test]), {}
+    for answer, prefix in zip(answers, ("base_", ""), strict=True):
+        figures |= {prefix + name: v for name, v in judged_by_part(answer.probabilities, truth, n_train).items()}
+        for attack, accuracies in found.get(answer.name, {}).items():
+            pairs = zip(config.attacks, accuracies, strict=True)
+            figures |= {f"{prefix}{attack}_{epsilon:g}": accuracy for epsilon, accuracy in pairs}
+    if "acc" in run.history[-1]:
+        figures["best_acc"] = max(metrics["acc"] for metrics in run.history)
+    first = quality(clean, base.probabilities.argmax(dim=1), data.y_train, base)
+    figures |= {f"start_{name}": value for name, value in first.items()} | {"start_clean": int(clean.sum())}
+    return figures | {name: value for name, value in run.history[-1].items() if name.startswith("clean")}
+
+
 # ==================================================================================================== what a run leaves
 
 
@@ -133,19 +157,8 @@ def write_results(
     n = len(data.x_train)
     run.write_predictions(named, torch.full((n,), -1), probabilities[:n], probabilities[n:])
 
-    figures = judged_by_part(probabilities, whole.y_train, n_train)
-    figures |= {f"base_{k}": v for k, v in judged_by_part(by_base, whole.y_train, n_train).items()}
-    if figures:
-        figures["best_acc"] = max(metrics["acc"] for metrics in run.history)
-    first = quality(clean, base.probabilities.argmax(dim=1), data.y_train, base)
-    figures |= {f"start_{k}": v for k, v in first.items()}
-    figures |= {k: v for k, v in run.history[-1].items() if k.startswith("clean")}
-    figures["start_clean"] = int(clean.sum())
     found = attacked(config, data, answers)
-    for name, prefix in (("RUC", ""), ("base", "base_")):
-        for attack, accuracies in found.get(name, {}).items():
-            pairs = zip(config.attacks, accuracies, strict=True)
-            figures |= {f"{prefix}{attack}_{epsilon:g}": accuracy for epsilon, accuracy in pairs}
+    figures = all_figures(run, config, data, n_train, base, clean, answers, found)
     seconds = sum(metrics["seconds"] for metrics in run.history)
 
     title = f"RUC on {data.name}, base {config.base}, seed {config.seed}"
@@ -170,7 +183,7 @@ def write_results(
 
 def in_brief(figures: Mapping[str, float]) -> dict[str, str]:
     """The base's figures and ours beside each other."""
-    if "acc" not in figures:
+    if "acc" not in figures or "base_acc" not in figures:
         return {}
     pairs = {"ACC": ("acc", "{:.2f} %"), "NMI": ("nmi", "{:.3f}"), "ECE": ("ece", "{:.3f}")}
     return {
