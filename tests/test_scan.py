@@ -53,6 +53,18 @@ def test_shear_slants_and_keeps_rows() -> None:
     assert slant.mean().abs() < 0.06
 
 
+def test_light_changes_brightness_and_contrast_of_grey_images() -> None:
+    images = torch.tensor([100, 140], dtype=torch.uint8).expand(300, 1, 4, 2)
+    views = Views(light=0.5)(images)[:, 0, 0] * 255
+    brightness, contrast = views.mean(dim=1) / 120, (views[:, 1] - views[:, 0]) / 40
+    assert 0.5 <= brightness.min() < 0.53
+    assert 1.47 < brightness.max() <= 1.501
+    factor = contrast / brightness
+    assert 0.5 <= factor.min() < 0.53
+    assert 1.47 < factor.max() <= 1.501
+    assert torch.corrcoef(torch.stack([factor, brightness]))[0, 1].abs() < 0.2
+
+
 def test_nt_xent_is_simclrs_eq_1() -> None:
     a, b = (F.normalize(torch.randn(5, 3, dtype=torch.float64), dim=1) for _ in range(2))
     z, total = torch.cat([a, b]), 0.0

@@ -27,6 +27,7 @@ class Views:
             hue in circles, for four images in five; 0: none.
         grey: share of the images that lose their colour.
         shear: greatest slant, the move to the side over the move down.
+        light: greatest relative change of brightness, then of contrast, of grey images too.
     """
 
     crop: float = 1.0
@@ -36,10 +37,13 @@ class Views:
     jitter: float = 0.0
     grey: float = 0.0
     shear: float = 0.0
+    light: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Changed float32 images in [0, 1] from uint8 images, both (N, C, H, W)."""
         views = self._resample(to_float(images))
+        if self.light:
+            views = self._relight(views)
         if views.shape[1] == 3:
             if self.jitter:
                 chosen = torch.rand(len(views), 1, 1, 1, device=views.device) < 0.8
@@ -48,6 +52,12 @@ class Views:
                 chosen = torch.rand(len(views), 1, 1, 1, device=views.device) < self.grey
                 views = torch.where(chosen, luminance(views).expand_as(views), views)
         return views
+
+    def _relight(self, images: Tensor) -> Tensor:
+        factors = 1 + self.light * (2 * torch.rand(2, len(images), 1, 1, 1, device=images.device) - 1)
+        images = (images * factors[0]).clamp(0, 1)
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        return (mean + (images - mean) * factors[1]).clamp(0, 1)
 
     def _resample(self, images: Tensor) -> Tensor:
         """Crop, flip, rotation and shift in one interpolation."""
