@@ -6,9 +6,7 @@
 namespace fastclust::finite::cuda {
 namespace {
 
-using fastclust::cuda::check;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
+using namespace fastclust::cuda;
 
 constexpr int kWarpsPerBlock = 8;
 
@@ -29,14 +27,13 @@ __global__ void scan_rows(const T* x, int64_t rows, int64_t width, unsigned long
 
 template <class T>
 BadRows scan(const T* x, int64_t rows, int64_t width, const Context& context) {
-    if (fastclust::cuda::is_capturing(context.stream)) return {};
+    if (is_capturing(context.stream)) return {};
     const auto stream = static_cast<cudaStream_t>(context.stream);
     unsigned long long host[2] = {0, ULLONG_MAX};
     auto* result = context.scratch<unsigned long long>(2);
     check(cudaMemcpyAsync(result, host, sizeof host, cudaMemcpyHostToDevice, stream), "scan_rows");
-    fastclust::cuda::launch("scan_rows", scan_rows<T>,
-                            fastclust::cuda::grid_of(fastclust::cuda::ceil_div(rows, kWarpsPerBlock)),
-                            dim3(kWarp * kWarpsPerBlock), 0, context.stream, x, rows, width, result);
+    launch("scan_rows", scan_rows<T>, grid_of(ceil_div(rows, kWarpsPerBlock)), dim3(kWarp * kWarpsPerBlock), 0, context.stream,
+           x, rows, width, result);
     check(cudaMemcpyAsync(host, result, sizeof host, cudaMemcpyDeviceToHost, stream), "scan_rows");
     check(cudaStreamSynchronize(stream), "scan_rows");
     return {static_cast<int64_t>(host[0]), host[0] == 0 ? -1 : static_cast<int64_t>(host[1])};

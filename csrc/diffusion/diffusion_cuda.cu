@@ -10,13 +10,7 @@
 namespace fastclust::diffusion::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::check;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::shared_memory;
-using fastclust::cuda::warp_sum;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -239,7 +233,7 @@ void solve(const Solve<T>& a, const Context& context) {
     launch("scale_edges", scale_edges<T>, rows, block, 0, stream, s);
     launch("load", load<T>, chunks, block, kSums, stream, s);
     launch("decide", decide<T>, columns, block, 0, stream, s, Stage::start);
-    const bool capturing = fastclust::cuda::is_capturing(stream);
+    const bool capturing = is_capturing(stream);
     for (int64_t iteration = 0; iteration < a.max_iter; ++iteration) {
         launch("multiply", multiply<T>, chunks, block, kSums, stream, s);
         launch("decide", decide<T>, columns, block, 0, stream, s, Stage::step);
@@ -288,7 +282,7 @@ __global__ void inspect_rows(Graph<T> graph, Found* found) {
 
 template <class T>
 Finding inspect(const Graph<T>& graph, const Context& context) {
-    if (fastclust::cuda::is_capturing(context.stream)) return {};
+    if (is_capturing(context.stream)) return {};
     const auto stream = static_cast<cudaStream_t>(context.stream);
     Found host{};
     auto* found = context.scratch<Found>(1);

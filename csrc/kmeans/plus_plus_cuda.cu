@@ -4,14 +4,7 @@
 namespace fastclust::kmeans::cuda {
 namespace {
 
-using fastclust::cuda::block_sum;
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::shared_memory;
-using fastclust::cuda::warp_sum;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;

@@ -4,12 +4,7 @@
 namespace fastclust::kmeans::cuda {
 namespace {
 
-using fastclust::cuda::block_sum;
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::shared_memory;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int64_t kChunk = 2048;  // rows per partial sum

@@ -3,16 +3,7 @@
 namespace fastclust::knn::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::Half;
-using fastclust::cuda::HalfTile;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::padded_depth;
-using fastclust::cuda::RowInfo;
-using fastclust::cuda::shared_memory;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -29,13 +20,13 @@ __global__ void __launch_bounds__(kThreads)
     const int lane = threadIdx.x % kWarp;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
-        const RowInfo found = fastclust::cuda::round_row(x + row * d, shift, d, halves + row * padded_depth(d));
+        const RowInfo found = round_row(x + row * d, shift, d, halves + row * padded_depth(d));
         double square = 0;
         for (int64_t t = lane; t < d; t += kWarp) {
             const double moved = double(x[row * d + t]) - (shift == nullptr ? 0.0 : double(shift[t]));
             square += moved * moved;
         }
-        square = fastclust::cuda::warp_sum(square);
+        square = warp_sum(square);
         if (lane != 0) continue;
         info[row] = found;
         squares[row] = static_cast<float>(square);
@@ -94,8 +85,60 @@ __device__ float score_exactly(const float* query, const float* x, const Search<
     float sum = 0;
     for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp)
         sum += a.metric == Metric::euclidean ? (query[t] - x[t]) * (query[t] - x[t]) : query[t] * x[t];
-    sum = fastclust::cuda::warp_sum(sum);
+    sum = warp_sum(sum);
     return a.metric == Metric::euclidean ? -sum / 2 : sum;
+}
+
+/// Lists what may rank of a tile's scores: those at most the bound of the error below the worst of their query's list.
+__device__ __forceinline__ void take_scores(const FilterTask& f, const HalfLists& lists, const FilterShared& shared,
+                                            int64_t start, int64_t first, const HalfTile::Sums& sum) {
+    const Search<float>& a = f.task.a;
+    const bool euclidean = a.metric == Metric::euclidean;
+    float limit[HalfTile::kDown][2], factor[HalfTile::kDown][2];
+    for (int i = 0; i < HalfTile::kDown; ++i)
+        for (int half = 0; half < 2; ++half) {
+            const int row = HalfTile::row_of(i, 2 * half);
+            const int64_t query = start + row < a.m ? start + row : a.m - 1;
+            limit[i][half] = shared.lists.worst[row].score - shared.error[row] + (euclidean ? f.queries.squares[query] / 2 : 0);
+            factor[i][half] = f.queries.info[query].factor;
+        }
+    constexpr int kWord = 32, kOfColumn = 2 * HalfTile::kDown;  // scores of this thread in a column
+    uint32_t passed[HalfTile::kAcross * 2 * kOfColumn / kWord] = {};
+#pragma unroll
+    for (int j = 0; j < HalfTile::kAcross; ++j)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const int64_t index = first + HalfTile::col_of(j, side) < a.n ? first + HalfTile::col_of(j, side) : a.n - 1;
+            const float own_factor = f.x.info[index].factor, own_square = euclidean ? f.x.squares[index] / 2 : 0;
+#pragma unroll
+            for (int i = 0; i < HalfTile::kDown; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int place = (2 * j + side) * kOfColumn + 2 * i + half;
+                    const float product = sum[i][j][2 * half + side] * factor[i][half] * own_factor;
+                    if (!(product - own_square < limit[i][half])) passed[place / kWord] |= 1u << place % kWord;
+                }
+        }
+    for (int word = 0; word < static_cast<int>(sizeof passed / sizeof *passed); ++word)
+        for (; passed[word] != 0; passed[word] &= passed[word] - 1) {
+            const int place = word * kWord + __ffs(static_cast<int>(passed[word])) - 1, column = place / kOfColumn;
+            const int row = HalfTile::row_of(place / 2 % HalfTile::kDown, 2 * (place % 2));
+            const int64_t query = start + row, index = first + HalfTile::col_of(column / 2, column % 2);
+            if (query < a.m && index < a.n && !(a.queries == nullptr && query == index))
+                lists.add(row, {0, static_cast<int32_t>(index)});
+        }
+}
+
+/// Gives the candidates that a tile has brought their scores in float, a warp each.
+__device__ void score_candidates(const FilterTask& f, const HalfLists& lists, FilterShared& shared, int64_t start) {
+    const Task<float>& task = f.task;
+    for (int row = threadIdx.x / kWarp; row < HalfTile::kRows; row += kWarps)
+        for (int e = shared.scored[row]; e < shared.lists.count[row]; ++e) {
+            Candidate<float>& candidate = lists.own[row * task.capacity + e];
+            const float score =
+                score_exactly(task.queries + (start + row) * task.a.d, task.x + candidate.index * task.a.d, task.a);
+            if (threadIdx.x % kWarp == 0) candidate.score = HalfLists::candidate(score, 0).score;
+        }
 }
 
 /// One block per 128 queries and split, as search_tiles.
@@ -106,7 +149,6 @@ __global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask f) {
     auto& shared = *shared_memory<FilterShared>();
     const HalfLists lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
     const int64_t tiles = ceil_div(a.n, kCols), depth = padded_depth(a.d);
-    const bool euclidean = a.metric == Metric::euclidean;
     for (int64_t piece = blockIdx.x; piece < ceil_div(a.m, kRows) * task.splits; piece += gridDim.x) {
         const int64_t start = piece / task.splits * kRows, split = piece % task.splits;
         lists.clear();
@@ -120,34 +162,9 @@ __global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask f) {
             HalfTile::clear(sum);
             HalfTile::add({f.queries.halves + start * depth, a.m - start, depth},
                           {f.x.halves + first * depth, a.n - first, depth}, depth, shared.tile, sum);
-#pragma unroll
-            for (int i = 0; i < HalfTile::kDown; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = HalfTile::row_of(i, 2 * half);
-                    const int64_t query = start + row;
-                    if (query >= a.m) continue;
-                    const float factor = f.queries.info[query].factor, square = euclidean ? f.queries.squares[query] : 0;
-                    const float limit = shared.lists.worst[row].score - shared.error[row];
-#pragma unroll
-                    for (int j = 0; j < HalfTile::kAcross; ++j)
-#pragma unroll
-                        for (int side = 0; side < 2; ++side) {
-                            const int64_t index = first + HalfTile::col_of(j, side);
-                            if (index >= a.n) continue;
-                            float score = sum[i][j][2 * half + side] * factor * f.x.info[index].factor;
-                            if (euclidean) score -= (square + f.x.squares[index]) / 2;
-                            if (score < limit || (a.queries == nullptr && query == index)) continue;
-                            lists.add(row, {0, static_cast<int32_t>(index)});
-                        }
-                }
+            take_scores(f, lists, shared, start, first, sum);
             __syncthreads();
-            for (int row = threadIdx.x / kWarp; row < kRows; row += kWarps)
-                for (int e = shared.scored[row]; e < shared.lists.count[row]; ++e) {
-                    Candidate<float>& candidate = lists.own[row * task.capacity + e];
-                    const float score = score_exactly(task.queries + (start + row) * a.d, task.x + candidate.index * a.d, a);
-                    if (threadIdx.x % kWarp == 0) candidate.score = HalfLists::candidate(score, 0).score;
-                }
+            score_candidates(f, lists, shared, start);
             lists.shrink(false);
             for (int row = threadIdx.x; row < kRows; row += kThreads) shared.scored[row] = shared.lists.count[row];
         }

@@ -11,13 +11,7 @@
 namespace fastclust::knn::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::check;
-using fastclust::cuda::exclusive_scan;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
+using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -92,10 +86,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) sort_entries(Build<T> b) {
     for (int64_t row = b.first_row(); row < b.g.n; row += b.stride()) {
         const int64_t begin = b.starts[row], end = b.starts[row + 1];
-        fastclust::cuda::warp_sort(b.entries + begin, end - begin, [](const auto& x, const auto& y) { return x.col < y.col; });
+        warp_sort(b.entries + begin, end - begin, [](const auto& x, const auto& y) { return x.col < y.col; });
         int64_t count = 0;
         for (int64_t e = begin + threadIdx.x % kWarp; e < end; e += kWarp) count += b.begins(e, row);
-        count = fastclust::cuda::warp_sum(count);
+        count = warp_sum(count);
         if (threadIdx.x % kWarp == 0) b.g.crow[row] = count;
     }
 }
@@ -144,7 +138,7 @@ void graph(const Graph<T>& g, const Context& context) {
                context.scratch<unsigned long long>(g.n),
                context.scratch<Entry<T>>(sides * edges),
                context.scratch<int32_t>(1)};
-    auto* sums = context.scratch<int64_t>(ceil_div(g.n, fastclust::cuda::scan::kChunk));
+    auto* sums = context.scratch<int64_t>(ceil_div(g.n, scan::kChunk));
     check(cudaMemsetAsync(b.starts, 0, static_cast<size_t>(g.n + 1) * sizeof(int64_t), cuda_stream), "knn_graph");
     check(cudaMemsetAsync(b.cursors, 0, static_cast<size_t>(g.n) * sizeof(int64_t), cuda_stream), "knn_graph");
     check(cudaMemsetAsync(b.outside, 0, sizeof(int32_t), cuda_stream), "knn_graph");

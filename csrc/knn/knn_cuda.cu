@@ -9,16 +9,7 @@
 namespace fastclust::knn::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::PairTile;
-using fastclust::cuda::Product;
-using fastclust::cuda::shared_memory;
-using fastclust::cuda::SquaredDifference;
-using fastclust::cuda::warp_sort;
-using fastclust::cuda::warp_sum;
+using namespace fastclust::cuda;
 
 constexpr int kRows = 64, kCols = 64, kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -82,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) normalise_rows(const T* x, int64_t r
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
         double greatest = 0, squares = 0;
         for (int64_t t = lane; t < d; t += kWarp) greatest = fmax(greatest, fabs(double(x[row * d + t])));
-        for (int bits = kWarp / 2; bits > 0; bits /= 2)
-            greatest = fmax(greatest, __shfl_xor_sync(fastclust::cuda::kAllLanes, greatest, bits));
+        for (int bits = kWarp / 2; bits > 0; bits /= 2) greatest = fmax(greatest, __shfl_xor_sync(kAllLanes, greatest, bits));
         const double unit = greatest > 0 ? greatest : 1;
         for (int64_t t = lane; t < d; t += kWarp) squares += x[row * d + t] / unit * (x[row * d + t] / unit);
         const double norm = sqrt(warp_sum(squares));

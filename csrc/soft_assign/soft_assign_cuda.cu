@@ -6,15 +6,10 @@
 namespace fastclust::soft_assign::cuda {
 namespace {
 
-using fastclust::cuda::ceil_div;
-using fastclust::cuda::grid_of;
-using fastclust::cuda::kAllLanes;
-using fastclust::cuda::kWarp;
-using fastclust::cuda::launch;
-using fastclust::cuda::shared_memory;
+using namespace fastclust::cuda;
 
 template <class T>
-using Tile = fastclust::cuda::PairTile<T, fastclust::cuda::SquaredDifference>;
+using Tile = PairTile<T, SquaredDifference>;
 
 /// log sum exp as it grows: greatest + log(sum).
 template <class T>
@@ -79,7 +74,7 @@ __global__ void sum_rows(const T* grad, int64_t n, int64_t k, T* sums) {
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < n; row += stride) {
         T sum = 0;
         for (int64_t i = lane; i < k; i += kWarp) sum += grad[row * k + i];
-        sum = fastclust::cuda::warp_sum(sum);
+        sum = warp_sum(sum);
         if (lane == 0) sums[row] = sum;
     }
 }
