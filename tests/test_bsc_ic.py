@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +39,18 @@ def stripes(write_stripes) -> Path:
 
 @pytest.fixture
 def small(stripes: Path, tmp_path: Path) -> Config:
-    """Settings of a run that takes a second or two."""
+    """Settings of a run that takes a second or less."""
     return dataclasses.replace(
-        PRESETS["digits"],
+        bsc_ic.PAPER,
         data=f"npz:{stripes}",
         runs=str(tmp_path / "runs"),
+        threads=1,
         epochs=2,
         batch=40,
         crop=0.8,
-        lr=3e-3,
-        rotate=0.0,
-        shift=0.0,
+        lr=1e-3,
+        tau=0.9,
+        critic_width=64,
     )
 
 
@@ -116,7 +118,7 @@ def test_gradient_penalty_of_a_critic_whose_gradient_is_known() -> None:
 
 def test_the_terms_of_a_step_are_those_of_the_networks_before_it(small: Config) -> None:
     data, _ = load_merged(small)
-    config = dataclasses.replace(small, crop=1.0, rotate=0.0, shift=0.0)  # both views are the image itself
+    config = dataclasses.replace(small, crop=1.0)  # both views are the image itself
     learner = Learner(config, data)
     learner.online.train()
     images = data.x_train[:20]
@@ -143,7 +145,7 @@ def test_the_terms_of_a_step_are_those_of_the_networks_before_it(small: Config) 
 
 
 def test_the_critic_learns_to_tell_one_hots_from_soft_assignments(small: Config) -> None:
-    learner = Learner(dataclasses.replace(small, clusters=4), load_merged(small)[0])
+    learner = Learner(dataclasses.replace(small, clusters=4, critic_width=1024), load_merged(small)[0])
     soft, sharp = torch.full((64, 4), 0.25), torch.eye(4)
     for _ in range(60):
         found = learner.critic_step(soft)
@@ -178,6 +180,27 @@ def test_a_crop_shows_the_share_of_the_area_that_it_keeps() -> None:
     assert (views.amax(dim=2) - views.amin(dim=2)).max() < 1e-4  # columns stay columns
 
 
+def test_zoom_and_stretch_change_sides_and_gamma_brightness() -> None:
+    square = torch.zeros(200, 1, 32, 32, dtype=torch.uint8)
+    square[:, :, 8:24, 8:24] = 255
+    zoomed, stretched = Views(zoom=0.5)(square), Views(stretch=0.3)(square)
+
+    def sides(views: Tensor) -> tuple[Tensor, Tensor]:
+        return views[:, 0, 16].sum(dim=1), views[:, 0, :, 16].sum(dim=1)
+
+    across, down = sides(zoomed)
+    torch.testing.assert_close(across, down, rtol=0, atol=1e-3)
+    assert 9.5 < across.min() < 11
+    assert 24 < across.max() < 26.6
+    across, down = sides(stretched)
+    torch.testing.assert_close(across * down, torch.full((200,), 256.0), rtol=0.05, atol=0)
+    assert across.max() / down[across.argmax()] > 1.6
+    grey = torch.full((200, 1, 4, 4), 64, dtype=torch.uint8)
+    power = Views(gamma=0.5)(grey)[:, 0, 0, 0].log() / math.log(64 / 255)
+    assert 0.6 < power.min() < 0.65
+    assert 1.55 < power.max() < 1.65
+
+
 def test_hue_turns_as_in_hsv_and_grey_has_none() -> None:
     red = torch.tensor([0.8, 0.1, 0.1])[None, :, None, None]
     third = torch.full((1, 1, 1), 1 / 3)
@@ -196,7 +219,7 @@ def test_hue_turns_as_in_hsv_and_grey_has_none() -> None:
 
 
 def test_a_run_clusters_the_stripes_and_leaves_its_files(small: Config, tmp_path: Path, capsys) -> None:
-    run = train(dataclasses.replace(small, epochs=12))
+    run = train(dataclasses.replace(small, epochs=8))
     result = json.loads((run.path / "result.json").read_text())
     assert result["acc"] > 90
     assert result["used"] == 3
@@ -207,7 +230,7 @@ def test_a_run_clusters_the_stripes_and_leaves_its_files(small: Config, tmp_path
     assert arrays["probabilities"].shape == (120, 3)
     assert arrays["probabilities"].dtype == np.float32
     np.testing.assert_allclose(arrays["probabilities"].sum(axis=1), 1, atol=1e-5)
-    assert arrays["embeddings"].shape == (120, 32)
+    assert arrays["embeddings"].shape == (120, 256)
     assert arrays["embeddings"].dtype == np.float32
     np.testing.assert_array_equal(arrays["labels"], arrays["probabilities"].argmax(axis=1))
     assert "Confusion matrix" in (run.path / "report.html").read_text()
@@ -221,13 +244,14 @@ def test_a_run_clusters_the_stripes_and_leaves_its_files(small: Config, tmp_path
 def test_a_resumed_run_ends_with_the_same_bits(
     small: Config, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    small = dataclasses.replace(small, epochs=2, starts=2, start_epochs=1)
     whole = load_checkpoint(train(small).path)
-    calls = []
+    calls = []  # two starts, then what follows
     original = Learner.training_pass
 
     def stop_in_the_second(self: Learner, *arguments: object) -> dict[str, float]:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return original(self, *arguments)
 
@@ -239,6 +263,33 @@ def test_a_resumed_run_ends_with_the_same_bits(
     for part in ("network", "target", "critic"):
         for name, value in whole["state"][part].items():
             assert torch.equal(value, resumed["state"][part][name]), (part, name)
+
+
+def test_the_start_of_least_score_goes_on(small: Config, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Learner.epoch
+
+    def watched(self: Learner, *arguments: object) -> dict:
+        metrics = original(self, *arguments)
+        seen.append((metrics["score"], next(self.online.parameters()).detach().clone()))
+        return metrics | {"acc": 0.0}  # nobody may look at it
+
+    monkeypatch.setattr(Learner, "epoch", watched)
+    run = train(dataclasses.replace(small, starts=3, start_epochs=1, epochs=1))
+    scores = [score for score, _ in seen]
+    best = scores.index(min(scores))
+    assert len(set(scores)) == 3
+    assert run.history[0]["start"] == best + 1
+    assert run.history[0]["score"] == scores[best]
+    state = load_checkpoint(run.path)["state"]
+    assert torch.equal(next(iter(v for k, v in state["network"].items() if k == "body.0.weight")), seen[best][1])
+
+
+def test_the_score_does_not_know_the_constant_of_the_critic(small: Config) -> None:
+    means = {"loss_mi": 0.5, "loss_si": 0.25, "loss_clu": 2.0, "loss_adv": 7.0, "loss_critic": 0.3, "penalty": 0.1}
+    # 2 · 0.5 + 4 · 0.25 + 1 · 2, and the critic's distance, E D(p) - E D(z) = 10 · 0.1 - 0.3.
+    assert bsc_ic.score(means, small) == pytest.approx(4.7)
+    assert bsc_ic.score(means, dataclasses.replace(small, alpha_adv=0.0)) == pytest.approx(4.0)
 
 
 def test_truth_is_for_the_report_alone(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +305,7 @@ def test_truth_is_for_the_report_alone(small: Config, tmp_path: Path, monkeypatc
 
 
 def test_without_both_discriminations_it_collapses_and_says_why(small: Config, no_pictures: None, capsys) -> None:
-    run = train(dataclasses.replace(small, alpha_adv=0.0, alpha_clu=0.0, epochs=12))
+    run = train(dataclasses.replace(small, alpha_adv=0.0, alpha_clu=0.0, epochs=6))
     assert run.history[-1]["information"] < 0.1
     assert "loss_adv" not in run.history[-1]
     assert "loss_critic" not in run.history[-1]
@@ -274,14 +325,14 @@ def test_superclasses_of_cifar100(small: Config, tmp_path: Path) -> None:
 
 
 def test_resnet18_takes_a_step_on_colour(small: Config, tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     np.savez(tmp_path / "colour.npz", x_train=images)
     config = dataclasses.replace(PRESETS["cifar10"], data=f"npz:{tmp_path / 'colour.npz'}", clusters=2)
     data, _ = load_merged(config)
     learner = Learner(config, data)
     assert learner.architecture["name"] == "resnet18"
     assert all(value.isfinite() for value in learner.step(data.x_train).values())
-    assert learner.embeddings().shape == (12, 512)
+    assert learner.embeddings().shape == (8, 512)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from methods.common.errors import UserError
 
 # Width of the first block and convolutions per block.
 _CONVNETS = {"cnn13": (128, 3), "cnn-small": (32, 1)}
-NAMES = (*_CONVNETS, "resnet18")
+_FLAT_WIDTH, _FLAT_FEATURES = 32, 256
+NAMES = (*_CONVNETS, "cnn-flat", "resnet18")
 
 
 class Standardise(nn.Module):
@@ -93,6 +94,8 @@ def build(
     if name in _CONVNETS:
         width, convs_per_block = _CONVNETS[name]
         body = nn.Sequential(*_convnet(n_channels, min(image_size), width, convs_per_block))
+    elif name == "cnn-flat":
+        width, body = _FLAT_FEATURES, nn.Sequential(*_flat(n_channels, image_size))
     elif name == "resnet18":
         width, body = 512, _resnet18(n_channels, min(image_size))
     else:
@@ -130,6 +133,26 @@ def _convnet(channels: int, side: int, width: int, convs_per_block: int) -> Iter
     yield from conv(2 * width, width, 1, 0)
     yield nn.AdaptiveAvgPool2d(1)
     yield nn.Flatten()
+
+
+def _flat(channels: int, image_size: tuple[int, int]) -> Iterator[nn.Module]:
+    """For small grey images: 3 x 3 convolutions (32, 64, … maps) of stride 2 down to 4 pixels, and a linear layer on
+    all positions, where `_convnet` takes their mean. BatchNorm and LeakyReLU(0.1) follow each. The first convolution
+    keeps the size of images of up to 16 pixels.
+    """
+    sides, width, stride = tuple(image_size), _FLAT_WIDTH, 1 if min(image_size) <= 16 else 2
+    while True:
+        yield nn.Conv2d(channels, width, 3, stride, padding=1)
+        yield nn.BatchNorm2d(width)
+        yield nn.LeakyReLU(0.1)
+        sides, channels = tuple(-(-side // stride) for side in sides), width
+        if min(sides) <= 4:
+            break
+        width, stride = 2 * width, 2
+    yield nn.Flatten()
+    yield nn.Linear(channels * math.prod(sides), _FLAT_FEATURES)
+    yield nn.BatchNorm1d(_FLAT_FEATURES)
+    yield nn.LeakyReLU(0.1)
 
 
 def _resnet18(n_channels: int, side: int) -> nn.Module:

@@ -28,6 +28,9 @@ class Views:
         grey: share of the images that lose their colour.
         shear: greatest slant, the move to the side over the move down.
         light: greatest relative change of brightness, then of contrast, of grey images too.
+        zoom: greatest change of size, as a logarithm, smaller or larger.
+        stretch: greatest change of width against height, as a logarithm.
+        gamma: greatest logarithm of the power that brightness is raised to.
     """
 
     crop: float = 1.0
@@ -38,12 +41,17 @@ class Views:
     grey: float = 0.0
     shear: float = 0.0
     light: float = 0.0
+    zoom: float = 0.0
+    stretch: float = 0.0
+    gamma: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Changed float32 images in [0, 1] from uint8 images, both (N, C, H, W)."""
         views = self._resample(to_float(images))
         if self.light:
             views = self._relight(views)
+        if self.gamma:
+            views = views ** torch.exp(self.gamma * (2 * torch.rand(len(views), 1, 1, 1, device=views.device) - 1))
         if views.shape[1] == 3:
             if self.jitter:
                 chosen = torch.rand(len(views), 1, 1, 1, device=views.device) < 0.8
@@ -60,7 +68,7 @@ class Views:
         return (mean + (images - mean) * factors[1]).clamp(0, 1)
 
     def _resample(self, images: Tensor) -> Tensor:
-        """Crop, flip, rotation and shift in one interpolation."""
+        """Crop, flip, rotation, zoom, stretch, shear and shift in one interpolation."""
         n, _, height, width = images.shape
         uniform = torch.rand(8, n, device=images.device)
         area = self.crop + (1 - self.crop) * uniform[0]
@@ -69,6 +77,10 @@ class Views:
         across, down = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
         x = (1 - across) * (2 * uniform[2] - 1) + (2 * uniform[3] - 1) * self.shift * 2 / width
         y = (1 - down) * (2 * uniform[4] - 1) + (2 * uniform[5] - 1) * self.shift * 2 / height
+        if self.zoom or self.stretch:
+            log_zoom, log_stretch = (2 * torch.rand(2, n, device=images.device) - 1).unbind()
+            log_zoom, log_stretch = log_zoom * self.zoom, log_stretch * self.stretch
+            across, down = across * torch.exp(log_zoom + log_stretch), down * torch.exp(log_zoom - log_stretch)
         angle = (2 * uniform[6] - 1) * math.radians(self.rotate)
         cos, sin, shape = torch.cos(angle), torch.sin(angle), height / width
         mirror = torch.where(uniform[7] < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(area)
@@ -79,7 +91,8 @@ class Views:
             x_down, y_down = x_down + x_across * slant, y_down + y_across * slant
         rows = [torch.stack([x_across, x_down, x], dim=1), torch.stack([y_across, y_down, y], dim=1)]
         grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-        outside = "zeros" if self.rotate or self.shear or self.shift else "border"
+        moved = self.rotate or self.shear or self.shift or self.zoom or self.stretch
+        outside = "zeros" if moved else "border"
         return F.grid_sample(images, grid, padding_mode=outside, align_corners=False)
 
 
