@@ -181,13 +181,19 @@ class CertifiedAssigner<float> {
     static constexpr float kNone = -3e38f;
     static_assert(kBlockRows == 3 * kLanes);
 
-    /// The block's rows side by side: each step of a source panel is one compressed store.
+    /// The block's rows side by side: where they stand if nothing lies between them, else each step of a source panel is one
+    /// compressed store.
     void stage(const QuantisedRows& data, const int64_t* rows, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             starts_[i] = data.starts[rows[i]];
             inverses_[i] = 1 / data.how[rows[i]].scale;
             for (int t = 0; t < 3; ++t) best_[t][i] = kNone;
         }
+        if (rows[0] % kLanes == 0 && rows[count - 1] - rows[0] == count - 1) {
+            codes_ = {data.panel_of(rows[0]), kLanes * 4, data.panel_bytes()};
+            return;
+        }
+        codes_ = {reinterpret_cast<const uint8_t*>(staged_), kStagedLanes * 4, kLanes * 4};
         for (int64_t i = 0, filled = 0; i < count; filled = i) {
             const auto* from = reinterpret_cast<const int32_t*>(data.panel_of(rows[i]));
             const int64_t end = rows[i] / kLanes * kLanes + kLanes;
@@ -210,7 +216,7 @@ class CertifiedAssigner<float> {
             panel = data.panel_of(rows[i]);
             for (int64_t byte = 0; byte < data.panel_bytes(); byte += 64) __builtin_prefetch(panel + byte);
         }
-        if (4 * unsettled_ < count) return;
+        if (4 * open_count_ < count) return;
         for (int64_t i = 0; i < count; ++i)
             for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(x + rows[i] * centres.d + j);
     }
@@ -247,15 +253,14 @@ class CertifiedAssigner<float> {
     template <int Panels>
     void multiply_group(const uint8_t* group, int64_t size, int64_t steps, int32_t* out) {
         constexpr int kGroup = QuantisedCentres::kGroup;
-        constexpr int64_t kStepBytes = kStagedLanes * 4, kPanelBytes = kLanes * 4;
-        const auto* panels = reinterpret_cast<const uint8_t*>(staged_);
         if (size == kGroup || quantised::kTiles)
-            return quantised::multiply_tile<kGroup, kGroup, Panels>(group, panels, kStepBytes, kPanelBytes, steps, starts_, out,
-                                                                    kBlockRows);
+            return quantised::multiply_tile<kGroup, kGroup, Panels>(group, codes_.panels, codes_.step_bytes, codes_.panel_bytes,
+                                                                    steps, starts_, out, kBlockRows);
         if constexpr (!quantised::kTiles)
             for (int64_t row = 0; row < size; row += 2)  // an odd last one takes along what lies beside it
-                quantised::multiply_tile<2, kGroup, Panels>(group + row * 4, panels, kStepBytes, kPanelBytes, steps, starts_,
-                                                            out + row * kBlockRows, kBlockRows);
+                quantised::multiply_tile<2, kGroup, Panels>(group + row * 4, codes_.panels, codes_.step_bytes,
+                                                            codes_.panel_bytes, steps, starts_, out + row * kBlockRows,
+                                                            kBlockRows);
     }
 
     /// The scores of 16 rows with one centroid.
@@ -317,7 +322,6 @@ class CertifiedAssigner<float> {
             squares_[i] = length * length;
         }
         for (int64_t i = 0; i < kBlockRows; ++i) least_[i] = __builtin_inff();
-        unsettled_ = 0;
     }
 
     /// |c|^2 - 2 x.c of what scores at most t, its bound included: at least that.
@@ -341,10 +345,10 @@ class CertifiedAssigner<float> {
     int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count,
                    const Nearest<float>& nearest) {
         int64_t scored = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            if (best_[1][i] < best_[0][i] - 2 * bounds_[i]) continue;
-            ++unsettled_, ++scored;
-            centre(x + rows[i] * centres.d, centres, i);
+        open_count_ = 0;
+        for (int64_t i = 0; i < count; ++i) leave_open(i, !(best_[1][i] < best_[0][i] - 2 * bounds_[i]));
+        for (int64_t o = 0; o < open_count_; ++o, ++scored) {
+            const int64_t i = fetch_open(o, centres, x, rows);
             const int64_t other = index_[1][i];
             const float value = score(centres, i, index_[0][i]), least = value / (-2 * units_[i]) - bounds_[i];
             nearest.scores[i] = value;
@@ -365,11 +369,13 @@ class CertifiedAssigner<float> {
     int64_t challenge(const QuantisedCentres& centres, const QuantisedCentres& all, const float* x, const int64_t* rows,
                       int64_t count, const Nearest<float>& nearest) {
         int64_t scored = 0;
+        open_count_ = 0;
         for (int64_t i = 0; i < count; ++i) {
             farther_[i] = beyond(i, best_[0][i]);
-            if (best_[0][i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]) continue;
-            ++unsettled_, ++scored;
-            centre(x + rows[i] * centres.d, centres, i);
+            leave_open(i, !(best_[0][i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]));
+        }
+        for (int64_t o = 0; o < open_count_; ++o, ++scored) {
+            const int64_t i = fetch_open(o, centres, x, rows);
             nearest.scores[i] = score(all, i, nearest.labels[i]);
             const float least = nearest.scores[i] / (-2 * units_[i]) - bounds_[i];
             if (!(best_[0][i] < least)) look_again(i, least);
@@ -416,6 +422,20 @@ class CertifiedAssigner<float> {
         if (nearer) score = value, nearest.labels[i] = label;
     }
 
+    void leave_open(int64_t i, bool open) {
+        open_[open_count_] = static_cast<int32_t>(i);
+        open_count_ += open;
+    }
+
+    /// Has the o-th open row centred, and those after it on their way: they lie apart in memory. Gives its lane.
+    int64_t fetch_open(int64_t o, const QuantisedCentres& centres, const float* x, const int64_t* rows) {
+        constexpr int64_t kAhead = 4;
+        for (int64_t next = o == 0 ? 1 : o + kAhead; next <= o + kAhead && next < open_count_; ++next)
+            for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(x + rows[open_[next]] * centres.d + j);
+        centre(x + rows[open_[o]] * centres.d, centres, open_[o]);
+        return open_[o];
+    }
+
     void centre(const float* __restrict x, const QuantisedCentres& centres, int64_t i) {
         const float* __restrict shift = centres.shift;
         float* __restrict v = centred_ + i * padded_depth(centres.d);
@@ -436,10 +456,15 @@ class CertifiedAssigner<float> {
         return centres.squares[column] - 2 * _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
     }
 
-    int32_t* staged_;        // (steps, kStagedLanes) the block's codes
-    int32_t* products_;      // (K and the rest of its last group, kBlockRows)
-    float* centred_;         // (kBlockRows, padded D) the rows that float scores are taken of
-    int64_t unsettled_ = 0;  // of the last block
+    struct {
+        const uint8_t* panels;
+        int64_t step_bytes, panel_bytes;
+    } codes_{};                     // of the block's rows
+    int32_t* staged_;               // (steps, kStagedLanes) them, where they do not stand together
+    int32_t* products_;             // (K and the rest of its last group, kBlockRows)
+    float* centred_;                // (kBlockRows, padded D) the rows that float scores are taken of
+    int32_t open_[kBlockRows + 1];  // lanes whose bound leaves more than one centroid
+    int64_t open_count_ = 0;        // of the last block
     int32_t starts_[kBlockRows] = {};
     float inverses_[kBlockRows] = {};
     float highest_[3][kBlockRows];  // of a chunk, tagged with the index in it

@@ -40,7 +40,7 @@ class Solver {
           previous_(context.scratch<int32_t>(a.n)),
           changed_(context.scratch<int64_t>(span_count(a.n))),
           candidates_(context.scratch<Candidate>(a.n)),
-          search_(a.n, a.k, a.d, a.max_iter, a.exact, pieces, context) {}
+          search_(a.n, a.k, a.d, a.max_iter + 1, a.exact, pieces, context) {}
 
     void solve_problem(int64_t problem) {
         x_ = a_.x + problem * a_.n * a_.d;

@@ -129,15 +129,15 @@ struct Centres {
     const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
     T* panels;                     // packed columns of c - shift
     T* norms;                      // |c - shift|^2, infinite in the last panel's empty columns
-    T* chosen;                     // (k, D) the centroids of ids
+    T* chosen;                     // (k, D) the centroids of ids; null where there are none such
 
-    Centres(int64_t k_, int64_t d_, const T* shift_, const Context& context)
+    Centres(int64_t k_, int64_t d_, const T* shift_, bool with_ids, const Context& context)
         : k(k_),
           d(d_),
           shift(shift_),
           panels(context.scratch<T>(products::packed_columns_size<T>(k_, d_))),
           norms(context.scratch<T>(products::panel_count<T>(k_) * products::kWidth<T>)),
-          chosen(context.scratch<T>(k_ * d_)) {}
+          chosen(with_ids ? context.scratch<T>(k_ * d_) : nullptr) {}
 
     int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
 

@@ -16,8 +16,8 @@ class Search {
           pieces_(pieces),
           sums_(context.scratch<double>(d)),
           mean_(context.scratch<T>(d)),
-          centres_(k, d, mean_, context),
-          moved_(k, d, mean_, context),
+          centres_(k, d, mean_, false, context),
+          moved_(passes > 1 ? k : 0, d, mean_, true, context),
           assigners_(make_assigners<T>(pieces, d, context)) {
         // Quantising a row costs as much as its float products with some dozens of centroids.
         constexpr int64_t kWorthQuantising = 64;
@@ -111,7 +111,7 @@ class Search {
         const int64_t d = centres_.d;
         rows_ = new (context.scratch<QuantisedRows>(1)) QuantisedRows(n_, d, pieces_, context);
         quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(centres_.k, d, mean_, context);
-        moved_quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(centres_.k, d, mean_, context);
+        moved_quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(moved_.k, d, mean_, context);
         scored_ = context.scratch<int64_t>(pieces_);
         searched_ = context.scratch<int64_t>(pieces_);
         certified_ = context.scratch<CertifiedAssigner<T>>(pieces_);
