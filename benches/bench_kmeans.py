@@ -21,9 +21,9 @@ QUICK = [(5000, 64, 10, 20), (5000, 64, 40, 20)]
 FULL = [(50_000, 128, 10, 100), (50_000, 128, 100, 300), (50_000, 128, 300, 300), (200_000, 128, 1000, 25)]
 
 
-def unit_blobs(n: int, d: int, n_blobs: int, spread: float = 1.0) -> torch.Tensor:
+def unit_blobs(n: int, d: int, n_blobs: int, spread: float = 1.0, seed: int = 0) -> torch.Tensor:
     """Unit rows in clusters that overlap, as image embeddings do."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(n_blobs, d, generator=generator)
     which = torch.randint(n_blobs, (n,), generator=generator)
     return torch.nn.functional.normalize(centres[which] + spread * torch.randn(n, d, generator=generator), dim=1)
@@ -98,7 +98,7 @@ def test_lloyd(benchmark, full, who, size):
 def test_many_small_problems(benchmark, full, who):
     B, N, D, K = (64, 2000, 64, 20) if full else (8, 500, 16, 5)
     benchmark.group = f"k-means, {B} problems of {N} x {D}, K = {K}"
-    x = torch.stack([unit_blobs(N, D, K) for _ in range(B)])
+    x = torch.stack([unit_blobs(N, D, K, seed=problem) for problem in range(B)])
 
     def ours() -> float:
         return float(fastclust.kmeans(x, K, init=x[:, :K], max_iter=100).inertia.sum())
