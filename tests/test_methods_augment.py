@@ -73,3 +73,19 @@ def test_same_seed_same_images() -> None:
     torch.manual_seed(3)
     assert torch.equal(first, augment(x))
     assert not torch.equal(first, augment(x))
+
+
+def test_cutout_blackens_a_square_cut_off_at_the_border() -> None:
+    white = torch.full((400, 3, 9, 7), 255, dtype=torch.uint8)
+    black = Augment(cutout=4)(white) == 0
+    assert (black == black[:, :1]).all(), "channels share the square"
+    rows, columns = black[:, 0].any(dim=2), black[:, 0].any(dim=1)
+    assert torch.equal(black[:, 0], rows[:, :, None] & columns[:, None, :])
+    for side, size in ((rows, 9), (columns, 7)):
+        lengths = side.sum(dim=1)
+        assert set(lengths.tolist()) == {2, 3, 4}
+        first, last = side.int().argmax(dim=1), size - 1 - side.flip(1).int().argmax(dim=1)
+        assert torch.equal(last - first + 1, lengths), "one piece"
+        whole = lengths == 4
+        assert set(first[whole].tolist()) == set(range(size - 3))
+        assert ((first[~whole] == 0) | (last[~whole] == size - 1)).all()

@@ -177,6 +177,23 @@ def test_a_named_set_is_found_as_npz_or_as_torchvisions_files(tmp_path: Path) ->
     assert data.y_test.tolist() == given["y_test"].tolist()
 
 
+def test_stl10_has_splits_and_columns_first(tmp_path: Path, monkeypatch) -> None:
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda _: True)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    given = arrays(shape=(96, 96, 3), classes=10)
+    for part in ("train", "test"):
+        (folder / f"{part}_X.bin").write_bytes(given[f"x_{part}"].transpose(0, 3, 2, 1).tobytes())
+        (folder / f"{part}_y.bin").write_bytes((given[f"y_{part}"] + 1).astype(np.uint8).tobytes())
+    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+    data = load("stl10", data_dir=str(tmp_path))
+    assert torch.equal(data.x_train.permute(0, 2, 3, 1), torch.from_numpy(given["x_train"]))
+    assert data.y_train.tolist() == given["y_train"].tolist()
+    assert data.x_test.shape == (4, 3, 96, 96)
+
+
 def test_a_named_set_that_is_not_there_tells_what_to_do(tmp_path: Path, monkeypatch) -> None:
     for name in ("usps", "cifar10", "mnist"):
         with pytest.raises(UserError, match=f"--data {name}: neither {name}.npz nor .* --data-dir .* --download"):
@@ -199,6 +216,9 @@ def test_a_subset_keeps_every_class_in_proportion_and_the_test_part(tmp_path: Pa
     assert data.y_train.tolist() == classes[place].tolist(), "an image left its class"
     assert torch.equal(load(spec, subset=20).x_train, data.x_train)
     assert not torch.equal(load(spec, 1, subset=20).x_train, data.x_train)
+    apart = load(spec, subset_test=2)
+    assert sorted(apart.y_test.tolist()) == [0, 1]
+    assert torch.equal(apart.x_train[:, 0], torch.from_numpy(x))
     for n, message in ((101, "more than the 100"), (1, "fewer than one for each")):
         with pytest.raises(UserError, match=message):
             load(spec, subset=n)
