@@ -38,10 +38,16 @@ inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
 #endif
 }
 
-/// A grid of at most 2^20 blocks: kernels walk over the rest of their `blocks` pieces of work with stride gridDim.x.
+/// On the shim few, so that small problems already make blocks walk on.
+#ifdef FASTCLUST_SIMT_SHIM
+constexpr int64_t kMostBlocks = 5;
+#else
+constexpr int64_t kMostBlocks = int64_t{1} << 20;
+#endif
+
+/// A grid of at most kMostBlocks: kernels walk over the rest of their `blocks` pieces of work with stride gridDim.x.
 inline dim3 grid_of(int64_t blocks) {
-    constexpr int64_t kMost = int64_t{1} << 20;
-    return dim3(static_cast<unsigned>(blocks < kMost ? blocks : kMost));
+    return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
 }
 
 /// Of the current device.

@@ -7,7 +7,7 @@ namespace {
 using namespace fastclust::cuda;
 
 constexpr int kThreads = 256;
-constexpr int64_t kChunk = 2048;  // rows per block
+constexpr int64_t kChunk = 512;  // rows per block
 
 /// greatest (B, D + 1): the bits of max_i |w_i x_i|, in the last column of max_i w_i; they order as the numbers do.
 template <class T>

@@ -321,12 +321,13 @@ void loss(const Loss<T>& a, const Context& context) {
         if (wants_products(a.batch))
             return loss_by_products(a, std::max<int64_t>(128, kPanelBytes / (4 * a.batch.b) / 128 * 128), context);
     }
-    constexpr int64_t kMostBlocks = 4096;  // a constant, for the same reason
-    const int64_t side = ceil_div(a.batch.b, kRows), blocks = side * side < kMostBlocks ? side * side : kMostBlocks;
+    constexpr int64_t kLossBlocks = 4096;  // a constant, for the same reason
+    const int64_t side = ceil_div(a.batch.b, kRows);
+    const dim3 grid = grid_of(std::min(side * side, kLossBlocks));
+    const auto blocks = static_cast<int64_t>(grid.x);
     auto* partials = context.scratch<Partial>(blocks);
     auto* slopes = context.scratch<T>(2);
-    launch("sum_pairs", sum_pairs<T>, grid_of(blocks), dim3(kThreads), sizeof(LossShared<T>), context.stream, a.batch,
-           partials);
+    launch("sum_pairs", sum_pairs<T>, grid, dim3(kThreads), sizeof(LossShared<T>), context.stream, a.batch, partials);
     launch("average", average<T>, dim3(1), dim3(kThreads), sizeof(ReduceShared), context.stream, a, slopes, partials, blocks);
     if (a.grad_log_p != nullptr) gradient(a, slopes, context);
 }
