@@ -54,11 +54,17 @@ def judged(probabilities: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def judged_by_part(probabilities: Tensor, truth: Tensor, n_train: int) -> dict[str, float]:
-    """The figures of all images, and of either part if there are two."""
-    figures = judged(probabilities, truth[: len(probabilities)])
-    if figures and n_train < len(probabilities):
-        for part, rows in (("train", slice(n_train)), ("test", slice(n_train, len(probabilities)))):
-            figures |= {f"{part}_{name}": value for name, value in judged(probabilities[rows], truth[rows]).items()}
+    """The figures of all images, and of either part if there are two; of the first alone for a base that knows no more.
+
+    Args:
+        probabilities: (M, C) of the first M images. truth: (N,) of all, the training images first.
+    """
+    if n_train == len(truth):
+        return judged(probabilities, truth)
+    figures = {f"train_{name}": value for name, value in judged(probabilities[:n_train], truth[:n_train]).items()}
+    if len(probabilities) == len(truth):
+        figures |= judged(probabilities, truth)
+        figures |= {f"test_{name}": value for name, value in judged(probabilities[n_train:], truth[n_train:]).items()}
     return figures
 
 
@@ -182,12 +188,14 @@ def write_results(
 
 
 def in_brief(figures: Mapping[str, float]) -> dict[str, str]:
-    """The base's figures and ours beside each other."""
-    if "acc" not in figures or "base_acc" not in figures:
+    """The base's figures and ours beside each other, of all images, or of the training images if it knows no others."""
+    part = "" if "base_acc" in figures else "train_"
+    if f"base_{part}acc" not in figures:
         return {}
-    pairs = {"ACC": ("acc", "{:.2f} %"), "NMI": ("nmi", "{:.3f}"), "ECE": ("ece", "{:.3f}")}
+    of_what = " of training images" * bool(part)
+    pairs = {f"ACC{of_what}": ("acc", "{:.2f} %"), "NMI": ("nmi", "{:.3f}"), "ECE": ("ece", "{:.3f}")}
     return {
-        name: f"{form.format(figures[f'base_{key}'])} → {form.format(figures[key])}"
+        name: f"{form.format(figures[f'base_{part}{key}'])} → {form.format(figures[part + key])}"
         for name, (key, form) in pairs.items()
     }
 
