@@ -3,7 +3,7 @@
 "Bootstrap Your Own Latent: Self-Supervised Clustering with Instance-Level and Cluster-Level Discriminations" (BSC-IC).
 Numbers of equations and tables are the paper's.
 
-    python -m methods.bsc_ic                             digits: no download, no GPU, two to three minutes on one core
+    python -m methods.bsc_ic                             digits: no download, no GPU, a minute or two on one core
     python -m methods.bsc_ic --data usps --seed 1
     python -m methods.bsc_ic --data npz:FILE --clusters 12   no classes needed; those there are serve to report
 
@@ -16,145 +16,28 @@ import copy
 import math
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastclust
-from methods.common import networks
+from methods.bsc_ic_settings import PRESETS, Config, check
+from methods.common import autoencoder, networks
+from methods.common.autoencoder import Reconstruction
 from methods.common.clustering import assignment_sections, cluster_names, export, health, load_merged, scores
-from methods.common.config import RunConfig, launch, require_above_zero, require_not_negative
+from methods.common.config import launch
 from methods.common.data import ImageData
 from methods.common.errors import UserError
+from methods.common.pretraining import Settings
 from methods.common.progress import Progress, in_short
 from methods.common.report import Section, curves, page
 from methods.common.run import Run
 from methods.common.training import infer, pick_device, shuffled
 from methods.common.views import Views
-
-# ============================================================================================================= settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Defaults are the paper's where it states them; a preset replaces some. `labels` has no effect."""
-
-    clusters: int = 0
-    """K; 0 takes the number of classes that the data name."""
-    network: str = ""
-    """`cnn-flat`, `cnn-small`, `cnn13`, `resnet18`; empty: `cnn-flat` for grey images of up to 28 pixels, else
-    `resnet18`."""
-
-    # The total loss, eq. 8. A weight of 0 leaves its term out.
-    alpha_adv: float = 1.0
-    """Weight of L_adv-G, which eq. 8 has none for; 0 leaves the critic out."""
-    alpha_si: float = 4.0
-    """Weight of L_si."""
-    alpha_mi: float = 2.0
-    """Weight of L_mi."""
-    alpha_clu: float = 1.0
-    """Weight of L_clu."""
-    kl_order: Literal["target-online", "online-target"] = "target-online"
-    """L_mi (eqs. 1, 2) as KL(target ‖ online), or the other way round; the target never gets a gradient."""
-    detach_si: bool = False
-    """Hold the first argument of L_si (eq. 3) fixed in the gradient."""
-    lambda_clu: float | None = None
-    """λ_clu of eq. 7, which the paper does not give; none: 1 / (K - 1)."""
-
-    # The critic, eqs. 4 and 5.
-    xi: float = 10.0
-    """ξ, weight of the gradient penalty."""
-    critic_steps: int = 1
-    """Its steps for each of the network's."""
-    critic_width: int = 1024
-    """Units of its first hidden layer, and twice those of its second."""
-    critic_lr: float = 3e-4
-    """Its learning rate, of Adam."""
-    critic_betas: tuple[float, float] = (0.5, 0.9)
-    """Its β1 and β2, of Adam."""
-    critic_views: Literal["both", "first"] = "both"
-    """Whose assignments it sees."""
-
-    # Training.
-    tau: float = 0.99
-    """τ, how much of the target's weights a step keeps (eq. 10)."""
-    lr: float = 3e-4
-    """Learning rate of Adam for the online network."""
-    batch: int = 64
-    """N, images in a batch."""
-    epochs: int = 200
-    """Epochs; the paper gives no number."""
-    starts: int = 1
-    """Networks to begin with, each from its own random weights; the one of least loss goes on. The paper has one."""
-    start_epochs: int = 5
-    """Epochs of each of them before that choice, counted within `epochs`."""
-
-    # Views.
-    crop: float = 0.4
-    """Least share of the area that a random resized crop keeps."""
-    flip: bool = True
-    """Mirror left and right, every second image."""
-    rotate: float = 0.0
-    """Greatest rotation in degrees; the paper has none."""
-    shift: float = 0.0
-    """Greatest move in pixels, with black coming in; the paper has none."""
-    shear: float = 0.0
-    """Greatest slant, the move to the side over the move down; the paper has none."""
-    zoom: float = 0.0
-    """Greatest logarithm of a change of size; the paper has none."""
-    stretch: float = 0.0
-    """Greatest logarithm of a change of width against height; the paper has none."""
-    gamma: float = 0.0
-    """Greatest logarithm of a power of brightness; the paper has none."""
-    light: float = 0.0
-    """Greatest relative change of brightness, then of contrast, of grey images too; the paper has none."""
-    jitter: float = 0.8
-    """Of brightness, contrast and saturation, a quarter of it of hue; images in colour alone."""
-    grey: float = 0.2
-    """Share of colour images that lose their colour."""
-
-
-PAPER = Config(preset="paper", data="mnist", flip=False)
-DIGITS = replace(
-    PAPER,
-    preset="digits",
-    data="digits",
-    threads=1,
-    alpha_adv=5.0,
-    critic_width=256,
-    critic_lr=1e-3,
-    critic_steps=2,
-    tau=0.9,
-    lr=1e-3,
-    batch=128,
-    epochs=40,
-    starts=4,
-    crop=1.0,
-    rotate=15.0,
-    shift=0.7,
-    shear=0.27,
-    zoom=0.1,
-    stretch=0.15,
-    gamma=0.6,
-)
-PRESETS = {
-    # Small sets on a CPU: larger steps, a critic that keeps up with them and weighs more, and views that bend strokes
-    # rather than cut them off. Chosen on seed 5, by its classes.
-    "digits": DIGITS,
-    "usps": replace(DIGITS, preset="usps", data="usps", shift=1.2, gamma=0.5),
-    "mnist": replace(PAPER, preset="mnist", alpha_si=2.0, alpha_mi=1.0),
-    "fashion-mnist": replace(
-        PAPER, preset="fashion-mnist", data="fashion-mnist", alpha_si=2.0, alpha_mi=1.0, flip=True
-    ),
-    "cifar10": replace(PAPER, preset="cifar10", data="cifar10", epochs=1000, flip=True),
-    "cifar100-20": replace(PAPER, preset="cifar100-20", data="cifar100-20", epochs=1000, flip=True),
-    # Your own photos: colour, no classes needed.
-    "folder": replace(PAPER, preset="folder", data="folder", flip=True),
-}
 
 # What a person wants to see of an epoch while it runs: metric -> its short name, and how it is written.
 IN_SHORT = {
@@ -238,7 +121,7 @@ class Learner:
     def __init__(self, config: Config, data: ImageData):
         self.config, self.images = config, data.x_train
         self.data, self.n_clusters = data, config.clusters or data.n_classes
-        small = data.n_channels == 1 and max(data.image_size) <= 28
+        small = data.n_channels == 1 and max(data.image_size) <= 16
         self.architecture = {
             "name": config.network or ("cnn-flat" if small else "resnet18"),
             "n_channels": data.n_channels,
@@ -465,29 +348,33 @@ def make_views(config: Config) -> Views:
     return Views(**{field.name: getattr(config, field.name) for field in fields(Views)})
 
 
-def check(config: Config, data: ImageData) -> None:
-    """Refuse settings that cannot work on this data, before anything is written."""
-    n_clusters = config.clusters or data.n_classes
-    if n_clusters < 2:
-        raise UserError(f"{n_clusters} clusters; without classes in the data --clusters must be 2 or more")
-    if len(data.x_train) < max(n_clusters, 2):
-        raise UserError(f"{len(data.x_train)} images are fewer than the {n_clusters} clusters")
-    if config.batch < 2:
-        raise UserError(f"--batch {config.batch} must be 2 or more")
-    require_above_zero(config, "epochs", "starts", "start_epochs", "lr", "critic_lr", "critic_steps")
-    weights = ("alpha_adv", "alpha_si", "alpha_mi", "alpha_clu")
-    require_not_negative(
-        config, *weights, "xi", "rotate", "shift", "shear", "zoom", "stretch", "gamma", "light", "jitter"
-    )
-    if not any(getattr(config, name) for name in weights):
-        raise UserError("--alpha-adv, --alpha-si, --alpha-mi and --alpha-clu are all 0: there is no loss")
-    if not 0 < config.crop <= 1:
-        raise UserError(f"--crop {config.crop} must be above 0 and at most 1")
-    if not 0 <= config.tau <= 1:
-        raise UserError(f"--tau {config.tau} must lie between 0 and 1")
-
-
 # ==================================================================================================== what a run leaves
+
+
+def baselines(learner: Learner) -> dict[str, Tensor]:
+    """What k-means clusters for comparison, each (N, D): the pixels, and if asked for an autoencoder's features."""
+    config, data = learner.config, learner.data
+    found = {"kmeans": data.x_train.flatten(start_dim=1).float()}
+    if config.autoencoder_epochs:
+        torch.manual_seed(config.seed)
+        architecture = {
+            "name": autoencoder.NAME,
+            "n_channels": data.n_channels,
+            "image_size": tuple(data.image_size),
+            "n_outputs": learner.n_clusters,
+            "n_features": 32,
+            "strides": (2, 2, 1 if min(data.image_size) <= 8 else 2),
+            "dropout": 0.1,
+            "drop_features": False,
+        }
+        network = autoencoder.build(**architecture).to(data.x_train.device)
+        settings = Settings(seed=config.seed, epochs=config.autoencoder_epochs, lr=5e-4, batch=64)
+        pretraining = Reconstruction(network, architecture, data, settings, Path(config.runs) / "autoencoders")
+        with Progress(pretraining.total_steps, pretraining.done_steps) as progress:
+            pretraining.train(progress)
+        network.eval()
+        found["kmeans_autoencoder"] = infer(network.features, data.x_train)
+    return found
 
 
 def write_results(run: Run, learner: Learner, n_train: int) -> None:
@@ -504,9 +391,9 @@ def write_results(run: Run, learner: Learner, n_train: int) -> None:
         for part, rows in (("train", slice(None, n_train)), ("test", slice(n_train, None))):
             figures |= {f"{part}_{name}": value for name, value in scores(truth[rows], clusters[rows]).items()}
     if figures:
-        pixels = learner.images.flatten(start_dim=1).float()
-        kmeans = fastclust.kmeans(pixels, learner.n_clusters, n_init=10, seed=config.seed).labels.cpu()
-        figures |= {f"kmeans_{name}": value for name, value in scores(truth, kmeans).items()}
+        for name, features in baselines(learner).items():
+            labels = fastclust.kmeans(features, learner.n_clusters, n_init=10, seed=config.seed).labels.cpu()
+            figures |= {f"{name}_{key}": value for key, value in scores(truth, labels).items()}
     state = health(probabilities)
     seconds = sum(metrics["seconds"] for metrics in run.history)
 
@@ -515,19 +402,23 @@ def write_results(run: Run, learner: Learner, n_train: int) -> None:
     if figures:
         facts |= {"ACC": f"{figures['acc']:.2f} %", "NMI": f"{figures['nmi']:.3f}", "ARI": f"{figures['ari']:.3f}"}
         facts["ACC of k-means on pixels"] = f"{figures['kmeans_acc']:.2f} %"
+    if config.autoencoder_epochs and figures:
+        facts["… on an autoencoder"] = f"{figures['kmeans_autoencoder_acc']:.2f} %"
     facts |= {"epochs": f"{config.epochs}", "time": f"{seconds:.0f} s"}
-    sections = [
-        Section("Training", "What each epoch left.", curves(run.history, PANELS, from_zero=False)),
-        *assignment_sections(data, probabilities, embeddings),
-    ]
-    run.write_text("report.html", page(title, facts, sections))
+    if config.report:
+        sections = [
+            Section("Training", "What each epoch left.", curves(run.history, PANELS, from_zero=False)),
+            *assignment_sections(data, probabilities, embeddings),
+        ]
+        run.write_text("report.html", page(title, facts, sections))
     run.finish(figures | state | {"epochs": len(run.history), "seconds": seconds})
     outcome = ", ".join(f"{name} {facts[name]}" for name in ("ACC", "NMI", "ARI", "clusters used") if name in facts)
     print(f"{title}: {outcome}, {seconds:.0f} s")
     last = run.history[-1]
     if collapsed(last, config):
         print(f"  warning: {cause(last, config)}")
-    print(f"  what the run left  {run.path}/report.html, assignments.npz, predictions.csv, metrics.jsonl")
+    pages = "report.html, " if config.report else ""
+    print(f"  what the run left  {run.path}/{pages}assignments.npz, predictions.csv, metrics.jsonl")
     print(f"  assign new images  python -m methods.predict {run.path} IMAGE...")
 
 

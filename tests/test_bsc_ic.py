@@ -24,6 +24,7 @@ from methods.bsc_ic import (
     load_merged,
     train,
 )
+from methods.bsc_ic_settings import PAPER
 from methods.common import sources
 from methods.common.errors import UserError
 from methods.common.run import load_checkpoint
@@ -41,7 +42,7 @@ def stripes(write_stripes) -> Path:
 def small(stripes: Path, tmp_path: Path) -> Config:
     """Settings of a run that takes a second or less."""
     return dataclasses.replace(
-        bsc_ic.PAPER,
+        PAPER,
         data=f"npz:{stripes}",
         runs=str(tmp_path / "runs"),
         threads=1,
@@ -51,14 +52,8 @@ def small(stripes: Path, tmp_path: Path) -> Config:
         lr=1e-3,
         tau=0.9,
         critic_width=64,
+        report=False,
     )
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that look at no report: its pictures take longer than the training."""
-    monkeypatch.setattr(bsc_ic, "curves", lambda *arguments, **options: "")
-    monkeypatch.setattr(bsc_ic, "assignment_sections", lambda *arguments: [])
 
 
 def log_assignments(n: int, k: int) -> Tensor:
@@ -219,12 +214,12 @@ def test_hue_turns_as_in_hsv_and_grey_has_none() -> None:
 
 
 def test_a_run_clusters_the_stripes_and_leaves_its_files(small: Config, tmp_path: Path, capsys) -> None:
-    run = train(dataclasses.replace(small, epochs=8))
+    run = train(dataclasses.replace(small, epochs=8, autoencoder_epochs=2, report=True))
     result = json.loads((run.path / "result.json").read_text())
     assert result["acc"] > 90
     assert result["used"] == 3
     assert result["information"] > 0.3
-    assert {"train_acc", "test_nmi", "kmeans_acc", "entropy"} <= result.keys()
+    assert {"train_acc", "test_nmi", "kmeans_acc", "kmeans_autoencoder_acc", "entropy"} <= result.keys()
     with np.load(run.path / "assignments.npz") as file:
         arrays = dict(file)
     assert arrays["probabilities"].shape == (120, 3)
@@ -241,9 +236,7 @@ def test_a_run_clusters_the_stripes_and_leaves_its_files(small: Config, tmp_path
     assert [int(row["label"]) for row in rows] == arrays["labels"][90:].tolist()
 
 
-def test_a_resumed_run_ends_with_the_same_bits(
-    small: Config, no_pictures: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(small, epochs=2, starts=2, start_epochs=1)
     whole = load_checkpoint(train(small).path)
     calls = []  # two starts, then what follows
@@ -265,7 +258,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
             assert torch.equal(value, resumed["state"][part][name]), (part, name)
 
 
-def test_the_start_of_least_score_goes_on(small: Config, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_of_least_score_goes_on(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = Learner.epoch
 
@@ -292,19 +285,18 @@ def test_the_score_does_not_know_the_constant_of_the_critic(small: Config) -> No
     assert bsc_ic.score(means, dataclasses.replace(small, alpha_adv=0.0)) == pytest.approx(4.0)
 
 
-def test_truth_is_for_the_report_alone(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truth_is_for_the_report_alone(small: Config, tmp_path: Path) -> None:
     with np.load(small.data.removeprefix("npz:")) as file:
         np.savez(tmp_path / "blind.npz", x_train=file["x_train"], x_test=file["x_test"])
-    blind = train(dataclasses.replace(small, data=f"npz:{tmp_path / 'blind.npz'}", clusters=3))
+    blind = train(dataclasses.replace(small, data=f"npz:{tmp_path / 'blind.npz'}", clusters=3, report=True))
     assert "acc" not in blind.history[-1]
     assert "acc" not in json.loads((blind.path / "result.json").read_text())
     assert "Predicted classes" in (blind.path / "report.html").read_text()
-    monkeypatch.setattr(bsc_ic, "assignment_sections", lambda *arguments: [])
     seen = train(small)
     assert seen.history[-1]["loss"] == blind.history[-1]["loss"]
 
 
-def test_without_both_discriminations_it_collapses_and_says_why(small: Config, no_pictures: None, capsys) -> None:
+def test_without_both_discriminations_it_collapses_and_says_why(small: Config, capsys) -> None:
     run = train(dataclasses.replace(small, alpha_adv=0.0, alpha_clu=0.0, epochs=6))
     assert run.history[-1]["information"] < 0.1
     assert "loss_adv" not in run.history[-1]

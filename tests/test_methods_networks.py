@@ -21,6 +21,15 @@ def test_any_image_size_gives_unit_features_and_logits(size: tuple[int, int], ch
     torch.testing.assert_close(network.features(images).norm(dim=1), torch.ones(5))
 
 
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (16, 16), (28, 28), (20, 32)])
+def test_the_flat_network_keeps_positions_apart(size: tuple[int, int]) -> None:
+    network = networks.build("cnn-flat", n_channels=1, image_size=size, n_outputs=7, weight_norm=False).eval()
+    images = torch.rand(3, 1, *size)
+    assert network(images).shape == (3, 7)
+    assert min(network.body[:-4](images).shape[2:]) <= 4
+    assert not torch.allclose(network(images), network(images.roll(2, dims=3)))
+
+
 def test_the_13_layer_network_is_the_papers() -> None:
     network = networks.build("cnn13", n_channels=3, image_size=(32, 32), n_outputs=100, weight_norm=True)
     convs = [layer for layer in network.body if isinstance(layer, nn.Conv2d)]
