@@ -70,8 +70,9 @@ def train(config: Config, resume: Path | None = None) -> Run:
     device = pick_device(config.device, config.threads)
     data, n_train = load_merged(config)
     check(config, data)
+    data = data.to(device)
     torch.manual_seed(config.seed)
-    learner, data = Learner(config, data.to(device)), data.to(device)
+    learner = Learner(config, data)
     with Run("bsc_ic", config, data, resume) as run:
         state = run.restore() if resume else None
         first = learner.load_state(state) if state else 0
