@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def architecture(config: Config, data: ImageData) -> dict[str, Any]:
 
 def views(config: Config) -> Views:
     """Of SimCLR."""
-    return Views(**{field.name: getattr(config, field.name) for field in fields(Views)})
+    changes = ("crop", "flip", "rotate", "shear", "shift", "light", "jitter", "grey")
+    return Views(**{name: getattr(config, name) for name in changes})
 
 
 def embedder(config: Config, data: ImageData) -> SimCLR:
