@@ -100,14 +100,16 @@ def best_start(learner: Learner, progress: Progress) -> tuple[Learner, list[dict
 
     No class is looked at: the score is made of the terms of the loss alone.
     """
-    config, kept = learner.config, None
+    config, kept, spent = learner.config, None, 0.0
     last = min(config.start_epochs, config.epochs)
     for start in range(1, config.starts + 1):
         learner = learner if start == 1 else Learner(config, learner.data)
         begun = [learner.epoch(epoch, progress) | {"start": start} for epoch in range(1, last + 1)]
         progress.epoch(f"start {start:3}/{config.starts}", in_short(begun[-1], IN_SHORT))
+        spent += sum(metrics["seconds"] for metrics in begun)
         if kept is None or begun[-1]["score"] < kept[1][-1]["score"]:
             kept = learner, begun
+    kept[1][-1]["seconds"] += spent - sum(metrics["seconds"] for metrics in kept[1])  # of the starts that end here
     return kept
 
 

@@ -265,7 +265,7 @@ def test_the_start_of_least_score_goes_on(small: Config, monkeypatch: pytest.Mon
     def watched(self: Learner, *arguments: object) -> dict:
         metrics = original(self, *arguments)
         seen.append((metrics["score"], next(self.online.parameters()).detach().clone()))
-        return metrics | {"acc": 0.0}  # nobody may look at it
+        return metrics | {"acc": 0.0, "seconds": 7.0}  # nobody may look at the first
 
     monkeypatch.setattr(Learner, "epoch", watched)
     run = train(dataclasses.replace(small, starts=3, start_epochs=1, epochs=1))
@@ -274,6 +274,7 @@ def test_the_start_of_least_score_goes_on(small: Config, monkeypatch: pytest.Mon
     assert len(set(scores)) == 3
     assert run.history[0]["start"] == best + 1
     assert run.history[0]["score"] == scores[best]
+    assert run.history[0]["seconds"] == 21.0
     state = load_checkpoint(run.path)["state"]
     assert torch.equal(next(iter(v for k, v in state["network"].items() if k == "body.0.weight")), seen[best][1])
 
