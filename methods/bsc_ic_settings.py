@@ -118,7 +118,7 @@ DIGITS = replace(
 )
 PRESETS = {
     # Small sets on a CPU: larger steps, a critic that keeps up with them and weighs more, and views that bend strokes
-    # rather than cut them off. Chosen by the classes, on seeds that docs/results/bsc_ic.md does not report.
+    # rather than cut them off. Chosen by the classes of digits, on seeds beside those of docs/results.
     "digits": DIGITS,
     "usps": replace(DIGITS, preset="usps", data="usps", shift=1.2, gamma=0.5),
     "mnist": replace(PAPER, preset="mnist", alpha_si=2.0, alpha_mi=1.0),
