@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fastclust
 from methods.common import bases, networks
-from methods.common.augment import Augment, cut_out
+from methods.common.augment import Augment, cut_out, to_float
 from methods.common.bases import Base
 from methods.common.clustering import cluster_names, merged
 from methods.common.config import launch
@@ -178,6 +178,8 @@ class Learner:
         for k in range(len(self.networks)):
             for name, value in self.training_pass(k, epoch, threshold, progress).items():
                 totals[name] = totals.get(name, 0) + value
+            if config.settle:
+                settle_statistics(self.networks[k], self.images, config.batch)
             self.predictions[k] = self.predict(self.networks[k])
         if config.refurbish == "epoch":
             self.labels, self.clean = co_refurbish(self.labels, self.clean, self.predictions, threshold)
@@ -414,6 +416,26 @@ def squared_error(targets: Tensor, logits: Tensor, over_classes: str) -> Tensor:
     """‖target - softmax‖² of rows (N, C), the mean over rows and the mean or the sum over classes (eq. 7)."""
     squares = (targets - logits.softmax(dim=1)).square()
     return squares.mean() if over_classes == "mean" else squares.sum(dim=1).mean()
+
+
+@torch.no_grad()
+def settle_statistics(network: nn.Module, images: Tensor, batch: int) -> None:
+    """Take batch normalisation's statistics anew, from uint8 images (N, C, H, W) as they are, about `batch` at once.
+
+    Those left by a short pass are of mixed images, which vary less, and of weights of some steps ago: in evaluation
+    mode the network is then surer than in training, of few clusters, and its counter network learns them.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # all batches count alike
+    network.train()
+    parts = max(len(images) // batch, 1)
+    for part in range(parts):
+        network(to_float(images[part::parts]))  # a stride: images may lie sorted by class
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def ramp(share: float, floor: float) -> float:

@@ -76,6 +76,8 @@ class Config(RunConfig):
     """Momentum (Nesterov's)."""
     weight_decay: float = 5e-4
     """Weight decay."""
+    settle: bool = False
+    """Take batch normalisation's statistics anew after each pass, from images as they are: where passes are short."""
 
     # The weak view ...
     pad: int = 4

@@ -345,6 +345,37 @@ def test_a_resumed_run_ends_with_the_same_bits(small: Config, monkeypatch) -> No
     }
 
 
+def test_settled_statistics_are_those_of_the_images(stripes: Path) -> None:
+    """In evaluation mode a network then answers as in training mode on all images at once; no draw is made."""
+    images = torch.from_numpy(np.load(stripes)["x_train"])
+    images = images[images.flatten(start_dim=1).float().mean(dim=1).argsort()].reshape(
+        len(images), 1, *images.shape[-2:]
+    )
+    shape = {"image_size": tuple(images.shape[-2:]), "n_outputs": 3, "weight_norm": False, "unit_length": False}
+    network, rng = networks.build("cnn-flat", n_channels=1, **shape), torch.get_rng_state()
+    network.standardise.set(torch.tensor([0.3]), torch.tensor([0.3]))
+    with torch.no_grad():
+        expected = network.train()(images.float() / 255)
+        before = network.eval()(images.float() / 255)
+        ruc.settle_statistics(network, images, batch=len(images))
+        after = network.eval()(images.float() / 255)
+        ruc.settle_statistics(network, images, batch=10)
+        in_batches = network.eval()(images.float() / 255)
+    far = (before - expected).abs().mean()
+    assert (after - expected).abs().mean() < 0.05 * far  # the variance is divided by N - 1 here, by N there
+    assert (in_batches - expected).abs().mean() < 0.3 * far
+    assert torch.equal(rng, torch.get_rng_state())
+    assert {layer.momentum for layer in network.modules() if hasattr(layer, "momentum")} == {0.1}
+
+
+@pytest.mark.parametrize("settle", [True, False])
+def test_networks_settle_after_each_pass_if_asked(small: Config, settle: bool, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(ruc, "settle_statistics", lambda *arguments: calls.append(arguments))
+    train(dataclasses.replace(small, settle=settle, attacked=0))
+    assert len(calls) == (4 if settle else 0)  # two networks, two epochs
+
+
 @pytest.mark.parametrize(
     ("variant", "n_networks", "strong"),
     [("full", 2, True), ("no-co-training", 1, True), ("no-label-smoothing", 2, False), ("mixmatch", 1, False)],
