@@ -27,7 +27,7 @@ struct RowSplit {
 };
 
 /// A row as the first argument of a divergence or as its second.
-struct Side {
+struct alignas(16) Side {
     float factor, entropy;  // entropy: 0 for the second
     int32_t group;          // -1: in no pair
     bool zeros;             // false for the first
@@ -129,16 +129,28 @@ __device__ __forceinline__ Side load_side(const Products& s, int64_t row, bool f
     return first ? Side{split.p_factor, split.entropy, group, false} : Side{split.log_factor, 0, group, split.zeros != 0};
 }
 
+struct MaskShared {
+    HalfTile::Shared tile;
+    Side rows[kTile], columns[kTile];
+};
+
+/// Fills in the sides of a tile; the whole block calls.
+__device__ void load_sides(const Products& s, bool forth, int64_t row0, int64_t j0, MaskShared& shared) {
+    for (int side = threadIdx.x; side < 2 * kTile; side += kThreads) {
+        const int64_t row = row0 + side, column = j0 + side - kTile;
+        if (side < kTile)
+            shared.rows[side] = load_side(s, row < s.count ? s.first + row : s.a.batch.b, forth);
+        else
+            shared.columns[side - kTile] = load_side(s, column, !forth);
+    }
+    __syncthreads();
+}
+
 /// Takes the products of a tile, KL_ij (forth) or KL_ji, with first row `row0` of the panel and first column `j0` to their
 /// hinges, writes which are positive, and returns their sum.
-__device__ __forceinline__ float take_tile(const Products& s, bool forth, int64_t row0, int64_t j0, const HalfTile::Sums& sum) {
+__device__ __forceinline__ float take_tile(const Products& s, bool forth, int64_t row0, int64_t j0, const MaskShared& shared,
+                                           const HalfTile::Sums& sum) {
     constexpr uint32_t kOne = 0x3C00;  // 1 as a half
-    Side rows[HalfTile::kDown][2];
-    for (int i = 0; i < HalfTile::kDown; ++i)
-        for (int half = 0; half < 2; ++half) {
-            const int64_t row = row0 + HalfTile::row_of(i, 2 * half);
-            rows[i][half] = load_side(s, row < s.count ? s.first + row : s.a.batch.b, forth);
-        }
     const auto hinge = [&](const Side& own, const Side& other, float product, int64_t row, int64_t column) {
         if (own.group < 0 || other.group < 0 || own.group == other.group) return 0.0f;
         const float left = s.a.batch.margin - (own.entropy + other.entropy - product * own.factor * other.factor);
@@ -148,28 +160,29 @@ __device__ __forceinline__ float take_tile(const Products& s, bool forth, int64_
     };
     float all = 0;
 #pragma unroll
-    for (int j = 0; j < HalfTile::kAcross; ++j) {
-        const int64_t column = j0 + HalfTile::col_of(j, 0);
-        const Side others[2] = {load_side(s, column, !forth), load_side(s, column + 1, !forth)};
+    for (int i = 0; i < HalfTile::kDown; ++i)
 #pragma unroll
-        for (int i = 0; i < HalfTile::kDown; ++i)
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = row0 + HalfTile::row_of(i, 2 * half);
+            const Side own = shared.rows[HalfTile::row_of(i, 2 * half)];
+            Half* masks = s.masks + ((forth ? 0 : s.count) + row) * s.across;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int64_t row = row0 + HalfTile::row_of(i, 2 * half);
-                const float left = hinge(rows[i][half], others[0], sum[i][j][2 * half], s.first + row, column);
-                const float right = hinge(rows[i][half], others[1], sum[i][j][2 * half + 1], s.first + row, column + 1);
+            for (int j = 0; j < HalfTile::kAcross; ++j) {
+                const int at = HalfTile::col_of(j, 0);
+                const int64_t column = j0 + at;
+                const float left = hinge(own, shared.columns[at], sum[i][j][2 * half], s.first + row, column);
+                const float right = hinge(own, shared.columns[at + 1], sum[i][j][2 * half + 1], s.first + row, column + 1);
                 all += left + right;
                 if (s.masks == nullptr || row >= s.count || column >= s.across) continue;
-                Half* mask = s.masks + ((forth ? 0 : s.count) + row) * s.across + column;
-                *reinterpret_cast<uint32_t*>(mask) = (left > 0 ? kOne : 0) | (right > 0 ? kOne << 16 : 0);
+                *reinterpret_cast<uint32_t*>(masks + column) = (left > 0 ? kOne : 0) | (right > 0 ? kOne << 16 : 0);
             }
-    }
+        }
     return all;
 }
 
 /// One block per 128 rows i of the panel, 128 rows j and direction: KL_ij, and with the gradient KL_ji.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) mask_tiles(Products s) {
-    auto& shared = *shared_memory<HalfTile::Shared>();
+    auto& shared = *shared_memory<MaskShared>();
     const int64_t b = s.a.batch.b, down = ceil_div(s.count, kTile), right = ceil_div(b, kTile);
     const int64_t tiles = down * right * (s.masks != nullptr ? 2 : 1);
     double loss = 0;
@@ -178,8 +191,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) mask_tiles(Prod
         const int64_t i0 = tile / right % down * kTile, j0 = tile % right * kTile, start = s.first + i0;
         HalfTile::Sums sum;
         HalfTile::clear(sum);
-        HalfTile::add(s.rows_of(forth ? s.p : s.log, start), s.rows_of(forth ? s.log : s.p, j0), s.depth, shared, sum);
-        const float of_tile = take_tile(s, forth, i0, j0, sum);
+        HalfTile::add(s.rows_of(forth ? s.p : s.log, start), s.rows_of(forth ? s.log : s.p, j0), s.depth, shared.tile, sum);
+        load_sides(s, forth, i0, j0, shared);
+        const float of_tile = take_tile(s, forth, i0, j0, shared, sum);
         if (forth) loss += double(of_tile);
     }
     __syncthreads();
@@ -299,8 +313,7 @@ void loss_by_products(const Loss<float>& a, int64_t panel, const Context& contex
     for (s.first = 0; s.first < b; s.first += panel) {
         s.count = std::min(panel, b - s.first);
         const int64_t down = ceil_div(s.count, kTile), tiles = down * ceil_div(b, kTile) * (gradient ? 2 : 1);
-        launch("mask_tiles", mask_tiles, grid_of(std::min<int64_t>(tiles, kLossBlocks)), block, sizeof(HalfTile::Shared),
-               stream, s);
+        launch("mask_tiles", mask_tiles, grid_of(std::min<int64_t>(tiles, kLossBlocks)), block, sizeof(MaskShared), stream, s);
         if (!gradient) continue;
         launch("pull_tiles", pull_tiles, grid_of(2 * down * ceil_div(k + 1, kTile) * s.splits), block, sizeof(HalfTile::Shared),
                stream, s);
