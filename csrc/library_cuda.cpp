@@ -21,12 +21,17 @@ void* current_stream(int32_t device_index) {
     return stream;
 }
 
+template <class S>
+void offer_row_kernels() {
+    finite::cuda_kernels<S>() = &finite::cuda::kernels<S>();
+    kmeans::cuda_kernels<S>() = &kmeans::cuda::kernels<S>();
+    knn::cuda_kernels<S>() = &knn::cuda::kernels<S>();
+}
+
 template <class T>
 void offer_kernels() {
-    finite::cuda_kernels<T>() = &finite::cuda::kernels<T>();
+    offer_row_kernels<T>();
     diffusion::cuda_kernels<T>() = &diffusion::cuda::kernels<T>();
-    kmeans::cuda_kernels<T>() = &kmeans::cuda::kernels<T>();
-    knn::cuda_kernels<T>() = &knn::cuda::kernels<T>();
     pairwise_kl::cuda_kernels<T>() = &pairwise_kl::cuda::kernels<T>();
     soft_assign::cuda_kernels<T>() = &soft_assign::cuda::kernels<T>();
 }
@@ -35,6 +40,8 @@ const bool loaded = [] {
     set_current_stream(current_stream);
     offer_kernels<float>();
     offer_kernels<double>();
+    offer_row_kernels<Float16>();
+    offer_row_kernels<Bfloat16>();
     return true;
 }();
 

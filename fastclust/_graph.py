@@ -49,7 +49,8 @@ def knn(
     rows' prepared copies the search holds 24 k + 1100 bytes per query.
 
     Args:
-        x: (N, D) float tensor, D at least 1; float16 and bfloat16 are computed and returned in float32.
+        x: (N, D) float tensor, D at least 1; float16 and bfloat16 are computed and returned in float32
+            (on CUDA without a copy, but for "cosine" the rows are held divided by their norms, in float32).
         k: how many neighbours: below N without `queries`, at most N with them.
         queries: (M, D), the dtype and device of `x`; None: the rows of `x`, each without itself (its duplicates count).
         metric: "cosine" (a zero row has similarity 0 to everything), "inner_product" or "euclidean" (the distance
@@ -65,9 +66,11 @@ def knn(
         TypeError: x or queries is not a float tensor, or k not an int.
     """
     check("knn", k, metric, precision)
-    x = ops.float_tensor("knn", "x", x)
+    x = ops.stored_tensor("knn", "x", x)
     if queries is not None:
-        queries = ops.float_tensor("knn", "queries", queries)
+        queries = ops.stored_tensor("knn", "queries", queries)
+        if queries.dtype != x.dtype:
+            x, queries = ops.float_tensor("knn", "x", x), ops.float_tensor("knn", "queries", queries)
     return KNNResult(*ops.knn(x, queries, k, metric, precision == "exact"))
 
 
@@ -104,7 +107,7 @@ def knn_graph(
     """
     check("knn_graph", k, metric, precision)
     one_of("knn_graph", "symmetrize", symmetrize, SYMMETRIZATIONS)
-    x = ops.float_tensor("knn_graph", "x", x)
+    x = ops.stored_tensor("knn_graph", "x", x)
     with ops.told_by("knn_graph"):
         values, indices = ops.knn(x, None, k, metric, precision == "exact")
         if metric == "euclidean":

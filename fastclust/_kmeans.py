@@ -42,6 +42,7 @@ def _batched(op: str, name: str, value: Tensor, dim: int) -> Tensor:
 
 
 def _unit_rows(op: str, name: str, x: Tensor) -> Tensor:
+    x = x.to(ops.computed_dtype(x))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if not torch.compiler.is_compiling() and (zero := (norm == 0).flatten()).any():
         first = int(zero.nonzero()[0])
@@ -59,9 +60,9 @@ def _generator(seed: int | Generator | None, device: torch.device) -> Generator 
 
 
 def _uniforms(shape: tuple[int, ...], x: Tensor, generator: Generator | None) -> Tensor:
-    """Draws in [0, 1) of the dtype of x: float64 has float32's and more bits, so that both start at the same rows."""
+    """Draws in [0, 1), float32 unless x is float64, which has those bits and more: both start at the same rows."""
     draws = torch.rand(shape, dtype=torch.float32, device=x.device, generator=generator)
-    if x.dtype == torch.float32:
+    if x.dtype != torch.float64:
         return draws
     more = torch.rand(shape, dtype=torch.float32, device=x.device, generator=generator)
     return draws.double() + more.double() * 2.0**-24
@@ -70,7 +71,7 @@ def _uniforms(shape: tuple[int, ...], x: Tensor, generator: Generator | None) ->
 def first_centroids(
     x: Tensor, weight: Tensor | None, n_clusters: int, init: str, n_init: int, generator: Generator | None
 ) -> Tensor:
-    """(B, R, K, D) rows of x."""
+    """(B, R, K, D) rows of x, in the dtype that x is computed in."""
     B, N, D = x.shape
     if init == "random":
         # The K largest of N keys u^(1/w) are a sample without replacement by weight (Efraimidis & Spirakis 2006).
@@ -82,7 +83,7 @@ def first_centroids(
         candidates = 2 + int(math.log(n_clusters))
         rows = ops.kmeans_plus_plus(x, weight, _uniforms((B, n_init, n_clusters, candidates), x, generator))
     flat = rows.flatten(1)[..., None].expand(-1, -1, D)
-    return x.gather(1, flat).view(B, n_init, n_clusters, D)
+    return x.gather(1, flat).view(B, n_init, n_clusters, D).to(ops.computed_dtype(x))
 
 
 def _start_at_fixed_means(init: Tensor, x: Tensor, weight: Tensor | None, labels: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def kmeans(
 
     Args:
         x: (N, D) rows, or (B, N, D) for B independent problems; floating point, finite. Half precision is computed and
-            returned in float32.
+            returned in float32 (on CUDA without a copy of x in float32, unless `spherical`).
         n_clusters: K, between 1 and N.
         init: "k-means++" (greedy D² sampling with 2 + ⌊ln K⌋ candidates per pick), "random" (distinct rows, by weight),
             or centroids (K, D) or (B, K, D).
@@ -159,7 +160,7 @@ def kmeans(
     Sources: Lloyd 1982; Arthur & Vassilvitskii 2007 (k-means++); Basu et al. 2002 (labels); Dhillon & Modha 2001
     (spherical).
     """
-    x_ = _batched("kmeans", "x", ops.float_tensor("kmeans", "x", x), 3)
+    x_ = _batched("kmeans", "x", ops.stored_tensor("kmeans", "x", x), 3)
     exact = _exact("kmeans", precision)
     if n_clusters < 1:
         raise ValueError(f"kmeans: n_clusters must be at least 1, got {n_clusters}")
@@ -175,7 +176,7 @@ def kmeans(
     weight = fixed = None
     if sample_weight is not None:
         weight = _batched("kmeans", "sample_weight", ops.float_tensor("kmeans", "sample_weight", sample_weight), 2)
-        weight = weight.to(x_.dtype)
+        weight = weight.to(ops.computed_dtype(x_))
     if labels is not None:
         fixed = _batched("kmeans", "labels", ops.label_tensor("kmeans", "labels", labels), 2)
     for name, value in (("sample_weight", weight), ("labels", fixed)):
@@ -192,7 +193,7 @@ def kmeans(
             start = _start_at_fixed_means(start, x_, weight, fixed)
             start = _unit_rows("kmeans", "the mean of fixed rows", start) if spherical else start
     else:
-        start = _batched("kmeans", "init", ops.float_tensor("kmeans", "init", init), 3).to(x_.dtype)
+        start = _batched("kmeans", "init", ops.float_tensor("kmeans", "init", init), 3).to(ops.computed_dtype(x_))
         if start.shape != (x_.shape[0], n_clusters, x_.shape[2]):
             raise ValueError(
                 f"kmeans: init must hold ({n_clusters}, {x_.shape[2]}) centroids per problem, got {tuple(init.shape)}"
@@ -213,7 +214,8 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, precision: str = "exact") -> 
     """The nearest centroid of each row: the labels that `kmeans` would give to new rows.
 
     Args:
-        x: (N, D) rows, or (B, N, D); floating point, finite. Half precision is computed in float32.
+        x: (N, D) rows, or (B, N, D); floating point, finite. Half precision is computed in float32, on
+            CUDA without a copy.
         centroids: (K, D), or (B, K, D) with x (B, N, D). Centroids of spherical k-means give its labels to rows of
             any scale, its distances to rows of unit norm.
         precision: as for `kmeans`.
@@ -225,11 +227,11 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, precision: str = "exact") -> 
         TypeError: x or centroids is not a floating-point tensor.
         ValueError: the shapes do not fit, or a row is not finite.
     """
-    x_ = _batched("kmeans_assign", "x", ops.float_tensor("kmeans_assign", "x", x), 3)
+    x_ = _batched("kmeans_assign", "x", ops.stored_tensor("kmeans_assign", "x", x), 3)
     c = _batched("kmeans_assign", "centroids", ops.float_tensor("kmeans_assign", "centroids", centroids), 3)
     if x.dim() != centroids.dim():
         raise ValueError(
             f"kmeans_assign: centroids must have as many dimensions as x, {x.dim()}, got {centroids.dim()}"
         )
-    labels, distances = ops.kmeans_assign(x_, c.to(x_.dtype), _exact("kmeans_assign", precision))
+    labels, distances = ops.kmeans_assign(x_, c.to(ops.computed_dtype(x_)), _exact("kmeans_assign", precision))
     return AssignResult(labels, distances) if x.dim() == 3 else AssignResult(labels[0], distances[0])

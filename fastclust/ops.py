@@ -1,6 +1,7 @@
 """Typed wrappers over `torch.ops.fastclust`: one function per op of csrc/library.cpp, with the shapes stated there.
 
-Half-precision inputs are computed and returned in float32. An op's complaint about its input is raised as ValueError.
+Half-precision inputs are computed and returned in float32: k-means and kNN on CUDA read them as they are, all else gets
+a copy in float32. An op's complaint about its input is raised as ValueError.
 Beside each wrapper stands what torch must know of the op: its fake kernel (shapes, for torch.compile) and its gradient.
 """
 
@@ -29,6 +30,22 @@ def float_tensor(op: str, name: str, value: object) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must have a floating-point dtype, got {value.dtype}")
     return value if value.dtype == torch.float64 else value.float()
+
+
+def stored_tensor(op: str, name: str, value: object) -> Tensor:
+    """As `float_tensor`, but float16 and bfloat16 on CUDA stay as they are: the k-means and kNN kernels widen them.
+
+    Raises:
+        TypeError: `value` is not a tensor of a floating-point dtype.
+    """
+    if isinstance(value, Tensor) and value.is_cuda and value.dtype in (torch.float16, torch.bfloat16):
+        return value
+    return float_tensor(op, name, value)
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in, and returned, for rows like x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def label_tensor(op: str, name: str, value: object) -> Tensor:
@@ -92,7 +109,7 @@ def kmeans_lloyd(
 def _(x, init, sample_weight, fixed_labels, max_iter, tol, spherical, exact):  # type: ignore[no-untyped-def]
     starts = init.shape[:2]
     n_iter = x.new_empty(starts, dtype=torch.int64)
-    return torch.empty_like(init), x.new_empty((*starts, x.shape[1]), dtype=torch.int64), x.new_empty(starts), n_iter
+    return torch.empty_like(init), x.new_empty((*starts, x.shape[1]), dtype=torch.int64), init.new_empty(starts), n_iter
 
 
 def kmeans_plus_plus(x: Tensor, sample_weight: Tensor | None, uniforms: Tensor) -> Tensor:
@@ -114,7 +131,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor, exact: bool) -> tuple[Tensor, Te
 
 @torch.library.register_fake("fastclust::kmeans_assign")
 def _(x, centroids, exact):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2])
+    return x.new_empty(x.shape[:2], dtype=torch.int64), centroids.new_empty(x.shape[:2])
 
 
 # -------------------------------------------------------------------------------------------------------- kNN and graph
@@ -129,7 +146,7 @@ def knn(x: Tensor, queries: Tensor | None, k: int, metric: str, exact: bool) -> 
 @torch.library.register_fake("fastclust::knn")
 def _(x, queries, k, metric, exact):  # type: ignore[no-untyped-def]
     shape = ((x if queries is None else queries).shape[0], k)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+    return x.new_empty(shape, dtype=computed_dtype(x)), x.new_empty(shape, dtype=torch.int64)
 
 
 def knn_to_csr(similarities: Tensor, indices: Tensor, power: float, symmetrize: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,9 +34,10 @@ __device__ inline HalfScale half_scale(float greatest) {
 }
 
 /// One warp rounds one row. shift (D) may be null.
-__device__ inline RowInfo round_row(const float* x, const float* shift, int64_t d, Half* out) {
+template <class S, class Shift>
+__device__ inline RowInfo round_row(const S* x, const Shift* shift, int64_t d, Half* out) {
     const int64_t lane = threadIdx.x % kWarp;
-    const auto moved = [&](int64_t t) { return shift == nullptr ? x[t] : x[t] - shift[t]; };
+    const auto moved = [&](int64_t t) { return shift == nullptr ? float(x[t]) : x[t] - shift[t]; };
     float greatest = 0;
     for (int64_t t = lane; t < d; t += kWarp) greatest = fmaxf(greatest, fabsf(moved(t)));
     greatest = warp_max(greatest);

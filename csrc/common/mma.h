@@ -2,31 +2,9 @@
 // cores' product, each for sm_80 and newer. Under FASTCLUST_SIMT_SHIM each has a twin in plain C++.
 #pragma once
 
-#include "common/cuda.h"
-#ifndef FASTCLUST_SIMT_SHIM
-#include <cuda_fp16.h>
-#endif
+#include "common/half_cuda.h"
 
 namespace fastclust::cuda {
-
-/// An IEEE half in its bits.
-using Half = uint16_t;
-
-__device__ __forceinline__ Half to_half(float value) {
-#ifdef FASTCLUST_SIMT_SHIM
-    return std::bit_cast<Half>(static_cast<_Float16>(value));
-#else
-    return __half_as_ushort(__float2half_rn(value));
-#endif
-}
-
-__device__ __forceinline__ float from_half(Half bits) {
-#ifdef FASTCLUST_SIMT_SHIM
-    return static_cast<float>(std::bit_cast<_Float16>(bits));
-#else
-    return __half2float(__ushort_as_half(bits));
-#endif
-}
 
 /// Copies 16 bytes to shared memory; of them only `valid` (0 or 16) are read, the rest are zeros.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {

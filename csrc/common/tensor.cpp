@@ -16,6 +16,10 @@ void require_device(const char* op, const char* name, const Tensor& tensor, cons
             " is on another device than the first argument");
 }
 
+bool is_half(const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
+}
+
 }  // namespace
 
 std::string shape_of(const Tensor& tensor) {
@@ -35,8 +39,25 @@ Tensor float_argument(const char* op, const char* name, const Tensor& tensor, in
 
 Tensor float_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim, const Tensor& like) {
     require_device(op, name, tensor, like);
-    require(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the first argument");
+    require(tensor.scalar_type() == computed_dtype(like), op, ": ", name, " must ",
+            is_half(like) ? "be float32, as the first argument is in half precision" : "have the dtype of the first argument");
     return float_argument(op, name, tensor, dim);
+}
+
+Tensor stored_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim) {
+    if (tensor.is_cpu() || !is_half(tensor)) return float_argument(op, name, tensor, dim);
+    require_dim(op, name, tensor, dim);
+    return torch::stable::contiguous(tensor);
+}
+
+Tensor stored_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim, const Tensor& like) {
+    require_device(op, name, tensor, like);
+    require(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the first argument");
+    return stored_argument(op, name, tensor, dim);
+}
+
+ScalarType computed_dtype(const Tensor& tensor) {
+    return is_half(tensor) ? ScalarType::Float : tensor.scalar_type();
 }
 
 Tensor int64_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim, const Tensor& like) {
@@ -52,10 +73,10 @@ void require_finite_rows(const char* op, const char* name, const Tensor& tensor)
     if (rows == 0) return;
     const OpScope scope(tensor);
     finite::BadRows bad;
-    dispatch_float(tensor, [&](auto zero) {
-        using T = decltype(zero);
-        const auto& kernels = kernels_for(op, tensor, finite::cpu_kernels<T>(), finite::cuda_kernels<T>());
-        bad = kernels.scan(read<T>(tensor), rows, width, scope.context());
+    dispatch_stored(tensor, [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        const auto& kernels = kernels_for(op, tensor, finite::cpu_kernels<S>(), finite::cuda_kernels<S>());
+        bad = kernels.scan(read<S>(tensor), rows, width, scope.context());
     });
     require(bad.count == 0, op, ": ", name, " holds ", bad.count, bad.count == 1 ? " row that is" : " rows that are",
             " not finite, ", bad.count == 1 ? "at " : "first at ", bad.first);
@@ -86,4 +107,5 @@ void set_current_stream(CurrentStream getter) {
 
 namespace fastclust::finite {
 FASTCLUST_DEFINE_CUDA_SLOT
+FASTCLUST_DEFINE_CUDA_SLOT_OF_HALVES
 }  // namespace fastclust::finite

@@ -15,6 +15,7 @@
 
 #include "common/context.h"
 #include "common/export.h"
+#include "common/storage.h"
 
 namespace fastclust {
 
@@ -35,8 +36,14 @@ FASTCLUST_API std::string shape_of(const Tensor& tensor);
 
 /// `tensor` is an argument of `op` with `dim` dimensions, float32 or float64, and comes back contiguous.
 FASTCLUST_API Tensor float_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim);
-/// As above, and of the device and dtype of `like`.
+/// As above, on the device of `like` and of the dtype that is computed in for `like`.
 FASTCLUST_API Tensor float_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim, const Tensor& like);
+/// As float_argument, but on CUDA float16 and bfloat16 may come too.
+FASTCLUST_API Tensor stored_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim);
+/// As above, and of the device and dtype of `like`.
+FASTCLUST_API Tensor stored_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim, const Tensor& like);
+/// The dtype that is computed in, and returned, for rows like `tensor`: Computed of its own.
+FASTCLUST_API ScalarType computed_dtype(const Tensor& tensor);
 /// `tensor` is an int64 argument with `dim` dimensions on the device of `like`, and comes back contiguous.
 FASTCLUST_API Tensor int64_argument(const char* op, const char* name, const Tensor& tensor, int64_t dim, const Tensor& like);
 /// Throws "op: name holds 3 rows that are not finite, first at 17"; rows are the last dimension's. Contiguous tensors only.
@@ -64,6 +71,18 @@ inline void dispatch_float(const Tensor& tensor, const Call& call) {
         call(float{});
 }
 
+/// Runs call(std::type_identity<S>{}) with S as the rows of `tensor` are stored: float, double, Float16 or Bfloat16.
+template <class Call>
+inline void dispatch_stored(const Tensor& tensor, const Call& call) {
+    const ScalarType dtype = tensor.scalar_type();
+    if (dtype == ScalarType::Half)
+        call(std::type_identity<Float16>{});
+    else if (dtype == ScalarType::BFloat16)
+        call(std::type_identity<Bfloat16>{});
+    else
+        dispatch_float(tensor, [&](auto zero) { call(std::type_identity<decltype(zero)>{}); });
+}
+
 /// The device guard, the stream and the scratch memory of one op call; scratch tensors live as long as it does.
 class FASTCLUST_API OpScope {
    public:
@@ -86,8 +105,8 @@ FASTCLUST_API void set_current_stream(CurrentStream getter);
 
 /// The room's kernels for the device of `like`: `cpu` or, when the CUDA library is loaded, `cuda`.
 template <class Kernels>
-inline const Kernels& kernels_for(const char* op, const Tensor& like, const Kernels& cpu, const Kernels* cuda) {
-    if (like.is_cpu()) return cpu;
+inline const Kernels& kernels_for(const char* op, const Tensor& like, const Kernels* cpu, const Kernels* cuda) {
+    if (like.is_cpu()) return *cpu;
     require(cuda != nullptr, op, ": fastclust has no CUDA kernels here (`python -m fastclust` tells why)");
     return *cuda;
 }

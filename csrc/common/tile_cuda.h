@@ -35,12 +35,13 @@ struct PairTile {
     __device__ static int first_row() { return static_cast<int>(threadIdx.x) / 16 * kSide; }
     __device__ static int first_col() { return static_cast<int>(threadIdx.x) % 16 * kSide; }
 
-    /// a_row(i), b_row(j): where row i, j < 64 starts, null for none (its pairs come out meaningless). The whole block calls.
+    /// a_row(i), b_row(j): where row i, j < 64 starts, null for none (its pairs come out meaningless), of T or of what is
+    /// widened to it. The whole block calls.
     template <class RowOfA, class RowOfB>
     __device__ static void run(const RowOfA& a_row, const RowOfB& b_row, int64_t d, Shared& shared, T (&out)[kSide][kSide]) {
         const int depth = static_cast<int>(threadIdx.x) % kDepth, row = static_cast<int>(threadIdx.x) / kDepth;
-        const T* a[kLoads];
-        const T* b[kLoads];
+        decltype(a_row(0)) a[kLoads];
+        decltype(b_row(0)) b[kLoads];
         for (int i = 0; i < kLoads; ++i) {
             a[i] = a_row(row + i * (kThreads / kDepth));
             b[i] = b_row(row + i * (kThreads / kDepth));

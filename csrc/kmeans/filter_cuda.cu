@@ -16,7 +16,8 @@ __host__ __device__ int64_t padded_columns(int64_t k) {
 }
 
 /// shift (B, D): the mean of the first restart's centroids. Any would do; this one keeps the products small.
-__global__ void average_centroids(Assignment<float> a, float* shift) {
+template <class S>
+__global__ void average_centroids(Assignment<S> a, float* shift) {
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.groups / a.restarts * a.d; i += stride) {
         const float* centroids = a.centroids + i / a.d * a.restarts * a.k * a.d + i % a.d;
@@ -26,7 +27,8 @@ __global__ void average_centroids(Assignment<float> a, float* shift) {
     }
 }
 
-__global__ void __launch_bounds__(kThreads) round_rows(Assignment<float> a, const float* shift, Half* halves, RowInfo* info) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) round_rows(Assignment<S> a, const float* shift, Half* halves, RowInfo* info) {
     const int64_t stride = int64_t(gridDim.x) * kWarps, rows = a.groups / a.restarts * a.n;
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
         const RowInfo found = round_row(a.x + row * a.d, shift + row / a.n * a.d, a.d, halves + row * padded_depth(a.d));
@@ -35,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) round_rows(Assignment<float> a, cons
 }
 
 /// One warp per centroid or column of padding, whose infinite square keeps it from being nearest.
-__global__ void __launch_bounds__(kThreads) round_centroids(Assignment<float> a, Filter f) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) round_centroids(Assignment<S> a, Filter f) {
     const int lane = threadIdx.x % kWarp;
     const int64_t stride = int64_t(gridDim.x) * kWarps, columns = padded_columns(a.k);
     for (int64_t piece = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; piece < a.groups * columns; piece += stride) {
@@ -155,7 +158,8 @@ __device__ __forceinline__ void merge_rows(Bests& best, FilterShared& shared) {
 }
 
 /// The label of a row whose best scores are these, or its place in the list of the undecided.
-__device__ void decide(const Assignment<float>& a, const Filter& f, int64_t g, int64_t row, const Best& best,
+template <class S>
+__device__ void decide(const Assignment<S>& a, const Filter& f, int64_t g, int64_t row, const Best& best,
                        FilterShared& shared) {
     const float error = score_error(f.x_info[a.problem(g) * a.n + row], shared.worst, padded_depth(a.d));
     const bool decided = !a.exact || best.second - best.least > 2 * error;
@@ -168,7 +172,8 @@ __device__ void decide(const Assignment<float>& a, const Filter& f, int64_t g, i
 }
 
 /// One block per 128 rows of a group.
-__global__ void __launch_bounds__(HalfTile::kThreads, kBlocksPerProcessor) filter_tiles(Assignment<float> a, Filter f) {
+template <class S>
+__global__ void __launch_bounds__(HalfTile::kThreads, kBlocksPerProcessor) filter_tiles(Assignment<S> a, Filter f) {
     auto& shared = *shared_memory<FilterShared>();
     const int64_t tiles = ceil_div(a.n, HalfTile::kRows), depth = padded_depth(a.d), columns = padded_columns(a.k);
     int64_t group = -1;  // whose worst centroid is known and whose centroids lie in shared memory where they fit
@@ -204,12 +209,13 @@ __global__ void __launch_bounds__(HalfTile::kThreads, kBlocksPerProcessor) filte
 }
 
 /// One warp per row.
-template <class T>
-__global__ void __launch_bounds__(kThreads) measure(Assignment<T> a) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) measure(Assignment<S> a) {
+    using T = Computed<S>;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t at = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; at < a.groups * a.n; at += stride) {
         const int64_t g = at / a.n;
-        const T* x = a.x + (a.problem(g) * a.n + at % a.n) * a.d;
+        const S* x = a.x + (a.problem(g) * a.n + at % a.n) * a.d;
         const T* centroid = a.centroids + (g * a.k + a.labels[at]) * a.d;
         T sum = 0;
         for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp) sum += (x[t] - centroid[t]) * (x[t] - centroid[t]);
@@ -220,14 +226,15 @@ __global__ void __launch_bounds__(kThreads) measure(Assignment<T> a) {
 
 }  // namespace
 
-Filter prepare_filter(const Assignment<float>& a, const Context& context) {
+template <class S>
+Filter prepare_filter(const Assignment<S>& a, const Context& context) {
     const int64_t problems = a.groups / a.restarts, depth = padded_depth(a.d);
     auto* shift = context.scratch<float>(problems * a.d);
     auto* halves = context.scratch<Half>(problems * a.n * depth);
     auto* info = context.scratch<RowInfo>(problems * a.n);
-    launch("average_centroids", average_centroids, grid_of(ceil_div(problems * a.d, kThreads)), dim3(kThreads), 0,
+    launch("average_centroids", average_centroids<S>, grid_of(ceil_div(problems * a.d, kThreads)), dim3(kThreads), 0,
            context.stream, a, shift);
-    launch("round_rows", round_rows, grid_of(ceil_div(problems * a.n, kWarps)), dim3(kThreads), 0, context.stream, a, shift,
+    launch("round_rows", round_rows<S>, grid_of(ceil_div(problems * a.n, kWarps)), dim3(kThreads), 0, context.stream, a, shift,
            halves, info);
     return {shift,
             halves,
@@ -238,26 +245,37 @@ Filter prepare_filter(const Assignment<float>& a, const Context& context) {
             {context.scratch<int64_t>(a.groups * a.n), context.scratch<unsigned long long>(a.groups)}};
 }
 
-void assign_filtered(const Assignment<float>& a, const Filter& filter, const Context& context) {
+template <class S>
+void assign_filtered(const Assignment<S>& a, const Filter& filter, const Context& context) {
     void* stream = context.stream;
-    launch("round_centroids", round_centroids, grid_of(ceil_div(a.groups * padded_columns(a.k), kWarps)), dim3(kThreads), 0,
+    launch("round_centroids", round_centroids<S>, grid_of(ceil_div(a.groups * padded_columns(a.k), kWarps)), dim3(kThreads), 0,
            stream, a, filter);
-    launch("filter_tiles", filter_tiles, grid_of(a.groups * ceil_div(a.n, HalfTile::kRows), kBlocksPerProcessor),
+    launch("filter_tiles", filter_tiles<S>, grid_of(a.groups * ceil_div(a.n, HalfTile::kRows), kBlocksPerProcessor),
            dim3(HalfTile::kThreads), sizeof(FilterShared), stream, a, filter);
     if (a.exact) {
-        Assignment<float> rest = a;
+        Assignment<S> rest = a;
         rest.distances = nullptr;
         assign_directly(rest, filter.undecided, context);
     }
     if (a.distances != nullptr) measure_rows(a, context);
 }
 
-template <class T>
-void measure_rows(const Assignment<T>& a, const Context& context) {
-    launch("measure", measure<T>, grid_of(ceil_div(a.groups * a.n, kWarps)), dim3(kThreads), 0, context.stream, a);
+template <class S>
+void measure_rows(const Assignment<S>& a, const Context& context) {
+    launch("measure", measure<S>, grid_of(ceil_div(a.groups * a.n, kWarps)), dim3(kThreads), 0, context.stream, a);
 }
 
 template void measure_rows(const Assignment<float>&, const Context&);
 template void measure_rows(const Assignment<double>&, const Context&);
+template void measure_rows(const Assignment<Float16>&, const Context&);
+template void measure_rows(const Assignment<Bfloat16>&, const Context&);
+
+template Filter prepare_filter(const Assignment<float>&, const Context&);
+template Filter prepare_filter(const Assignment<Float16>&, const Context&);
+template Filter prepare_filter(const Assignment<Bfloat16>&, const Context&);
+
+template void assign_filtered(const Assignment<float>&, const Filter&, const Context&);
+template void assign_filtered(const Assignment<Float16>&, const Filter&, const Context&);
+template void assign_filtered(const Assignment<Bfloat16>&, const Filter&, const Context&);
 
 }  // namespace fastclust::kmeans::cuda

@@ -10,6 +10,7 @@
 namespace fastclust::kmeans {
 
 FASTCLUST_DEFINE_CUDA_SLOT
+FASTCLUST_DEFINE_CUDA_SLOT_OF_HALVES
 
 namespace {
 
@@ -25,7 +26,8 @@ T largest(const Tensor& tensor) {
 /// -tensor, which the stable headers lack.
 Tensor negative(const Tensor& tensor) {
     std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack.data(), TORCH_ABI_VERSION));
+    if (torch_call_dispatcher("aten::neg", "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
+        throw std::runtime_error("kmeans: torch failed to negate a tensor");
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -38,7 +40,7 @@ void require_no_overflow(const char* op, const Tensor& squares) {
 
 /// x (B, N, D) of a public function, with rows to cluster.
 Tensor data_argument(const char* op, const Tensor& x_in) {
-    const Tensor x = float_argument(op, "x", x_in, 3);
+    const Tensor x = stored_argument(op, "x", x_in, 3);
     require(x.size(2) > 0, op, ": x has no features, its shape is ", shape_of(x));
     require_finite_rows(op, "x", x);
     return x;
@@ -86,16 +88,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_lloyd(const Tensor& x_in, cons
     require_finite_rows("kmeans", "init", init);
     const std::optional<Tensor> weight = weight_argument(weight_in, x);
     const std::optional<Tensor> fixed = labels_argument(labels_in, x, k);
-    const Tensor centroids = empty_on(x, {batch, restarts, k, d}, x.scalar_type());
+    const Tensor centroids = empty_on(x, {batch, restarts, k, d}, computed_dtype(x));
     const Tensor labels = empty_on(x, {batch, restarts, n}, ScalarType::Long);
-    const Tensor inertia = empty_on(x, {batch, restarts}, x.scalar_type());
+    const Tensor inertia = empty_on(x, {batch, restarts}, computed_dtype(x));
     const Tensor n_iter = empty_on(x, {batch, restarts}, ScalarType::Long);
     const OpScope scope(x);
-    dispatch_float(x, [&](auto zero) {
-        using T = decltype(zero);
-        const auto& kernels = kernels_for("kmeans", x, cpu_kernels<T>(), cuda_kernels<T>());
+    dispatch_stored(x, [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        using T = Computed<S>;
+        const auto& kernels = kernels_for("kmeans", x, cpu_kernels<S>(), cuda_kernels<S>());
         if (batch == 0 || restarts == 0) return;
-        kernels.lloyd({batch, restarts, n, k, d, read<T>(x), read<T>(init), weight ? read<T>(*weight) : nullptr,
+        kernels.lloyd({batch, restarts, n, k, d, read<S>(x), read<T>(init), weight ? read<T>(*weight) : nullptr,
                        fixed ? read<int64_t>(*fixed) : nullptr, max_iter, tol, spherical, exact, write<T>(centroids),
                        write<int64_t>(labels), write<T>(inertia), write<int64_t>(n_iter)},
                       scope.context());
@@ -116,11 +119,12 @@ Tensor kmeans_plus_plus(const Tensor& x_in, std::optional<Tensor> weight_in, con
     const std::optional<Tensor> weight = weight_argument(weight_in, x);
     const Tensor rows = empty_on(x, {batch, restarts, k}, ScalarType::Long);
     const OpScope scope(x);
-    dispatch_float(x, [&](auto zero) {
-        using T = decltype(zero);
-        const auto& kernels = kernels_for("kmeans", x, cpu_kernels<T>(), cuda_kernels<T>());
+    dispatch_stored(x, [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        using T = Computed<S>;
+        const auto& kernels = kernels_for("kmeans", x, cpu_kernels<S>(), cuda_kernels<S>());
         if (batch == 0 || restarts == 0) return;
-        kernels.plus_plus({batch, restarts, n, k, d, candidates, read<T>(x), weight ? read<T>(*weight) : nullptr,
+        kernels.plus_plus({batch, restarts, n, k, d, candidates, read<S>(x), weight ? read<T>(*weight) : nullptr,
                            read<T>(uniforms), write<int64_t>(rows)},
                           scope.context());
     });
@@ -136,13 +140,14 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& x_in, const Tensor& centr
     require(k > 0, "kmeans_assign: centroids is empty");
     require_finite_rows("kmeans_assign", "centroids", centroids);
     const Tensor labels = empty_on(x, {batch, n}, ScalarType::Long);
-    const Tensor distances = empty_on(x, {batch, n}, x.scalar_type());
+    const Tensor distances = empty_on(x, {batch, n}, computed_dtype(x));
     const OpScope scope(x);
-    dispatch_float(x, [&](auto zero) {
-        using T = decltype(zero);
-        const auto& kernels = kernels_for("kmeans_assign", x, cpu_kernels<T>(), cuda_kernels<T>());
+    dispatch_stored(x, [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        using T = Computed<S>;
+        const auto& kernels = kernels_for("kmeans_assign", x, cpu_kernels<S>(), cuda_kernels<S>());
         if (batch == 0 || n == 0) return;
-        kernels.assign({batch, n, k, d, read<T>(x), read<T>(centroids), exact, write<int64_t>(labels), write<T>(distances)},
+        kernels.assign({batch, n, k, d, read<S>(x), read<T>(centroids), exact, write<int64_t>(labels), write<T>(distances)},
                        scope.context());
         require_no_overflow<T>("kmeans_assign", distances);
     });

@@ -1,5 +1,6 @@
 // Lloyd's k-means (Lloyd 1982) over a batch of problems and restarts, and k-means++ seeding (Arthur & Vassilvitskii 2007)
-// with greedy candidates (Celebi et al. 2013). Every array is row-major and contiguous.
+// with greedy candidates (Celebi et al. 2013). Every array is row-major and contiguous; S is what rows are stored as, T what
+// is computed in.
 //
 // Exactness: a label may differ from the true nearest centroid only where float arithmetic of type T cannot tell the two
 // apart. `exact` allows the kernels cheaper products when each decision they take is certified by an error bound; without it
@@ -14,10 +15,11 @@
 namespace fastclust::kmeans {
 
 /// Nearest centroid of each row.
-template <class T>
+template <class S>
 struct Assign {
+    using T = Computed<S>;
     int64_t batch, n, k, d;
-    const T* x;          // (B, N, D) finite
+    const S* x;          // (B, N, D) finite
     const T* centroids;  // (B, K, D) finite
     bool exact;
     int64_t* labels;  // (B, N) out: argmin_k |x - c_k|^2, the lowest k where several are equal
@@ -35,10 +37,11 @@ struct Assign {
 ///      they run out, the remaining empty clusters keep their centroid. The rows taken still count for their old cluster;
 ///   5. stop where sum_k |c_k - c_k before|^2 <= tol * mean_j var_j(x), the variance over rows without weights.
 /// After max_iter iterations, or a stop at 5, the labels are assigned once more, so that they belong to `centroids`.
-template <class T>
+template <class S>
 struct Lloyd {
+    using T = Computed<S>;
     int64_t batch, restarts, n, k, d;
-    const T* x;                   // (B, N, D) finite; of unit norm when spherical
+    const S* x;                   // (B, N, D) finite; of unit norm when spherical
     const T* init;                // (B, R, K, D) finite; of unit norm when spherical
     const T* sample_weight;       // (B, N) finite and >= 0, or null for ones
     const int64_t* fixed_labels;  // (B, N) in [-1, K), -1 for free rows, or null where all are free
@@ -56,20 +59,21 @@ struct Lloyd {
 /// F_i > u * sum m. Pick 0 takes m = w and uniforms[0][0] alone; pick p > 0 takes m_i = w_i min_{q<p} |x_i - x_q|^2, draws one
 /// candidate per uniform of uniforms[p] and keeps the one that leaves the least sum_i m_i, the first of equals. Where all
 /// masses are zero (fewer distinct rows than K) the pick takes m = w and uniforms[p][0].
-template <class T>
+template <class S>
 struct PlusPlus {
+    using T = Computed<S>;
     int64_t batch, restarts, n, k, d, candidates;
-    const T* x;              // (B, N, D) finite
+    const S* x;              // (B, N, D) finite
     const T* sample_weight;  // (B, N) finite, >= 0, not all zero; or null for ones
     const T* uniforms;       // (B, R, K, L) in [0, 1)
     int64_t* rows;           // (B, R, K) out
 };
 
-template <class T>
+template <class S>
 struct Kernels {
-    void (*assign)(const Assign<T>&, const Context&);
-    void (*lloyd)(const Lloyd<T>&, const Context&);
-    void (*plus_plus)(const PlusPlus<T>&, const Context&);
+    void (*assign)(const Assign<S>&, const Context&);
+    void (*lloyd)(const Lloyd<S>&, const Context&);
+    void (*plus_plus)(const PlusPlus<S>&, const Context&);
 };
 
 FASTCLUST_DECLARE_KERNELS

@@ -33,8 +33,9 @@ struct Nearest {
 };
 
 /// One block per 64 rows of a group, or of its listed ones.
-template <class T>
-__global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> a, Listed listed) {
+template <class S>
+__global__ void __launch_bounds__(Tile<Computed<S>>::kThreads) assign_tiles(Assignment<S> a, Listed listed) {
+    using T = Computed<S>;
     constexpr int kSide = Tile<T>::kSide;
     auto& shared = *shared_memory<AssignShared<T>>();
     const int64_t tiles = ceil_div(a.n, Tile<T>::kRows);
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
         const int64_t g = tile / tiles, start = tile % tiles * Tile<T>::kRows;
         const int64_t count = listed.rows == nullptr ? a.n : static_cast<int64_t>(listed.count[g]);
         if (a.skips(g) || start >= count) continue;
-        const T* x = a.x + a.problem(g) * a.n * a.d;
+        const S* x = a.x + a.problem(g) * a.n * a.d;
         const T* centroids = a.centroids + g * a.k * a.d;
         const auto row_at = [&](int i) -> int64_t {
             if (start + i >= count) return -1;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
                     nearest[i] = {T(0), fixed};
                     for (int64_t t = 0; t < a.d; ++t)
                         nearest[i].distance =
-                            SquaredDifference::add(nearest[i].distance, x[row * a.d + t], centroids[fixed * a.d + t]);
+                            SquaredDifference::add<T>(nearest[i].distance, x[row * a.d + t], centroids[fixed * a.d + t]);
                 }
                 if (a.distances != nullptr) a.distances[g * a.n + row] = nearest[i].distance;
                 note_label(a, g, row, nearest[i].label, shared.moved, shared.changed);
@@ -90,31 +91,35 @@ __global__ void __launch_bounds__(Tile<T>::kThreads) assign_tiles(Assignment<T> 
     }
 }
 
-template <class T>
-void assign(const Assign<T>& a, const Context& context) {
-    const Assignment<T> assignment{a.batch, 1,       a.n,      a.k,         a.d,     a.x,      a.centroids, nullptr,
+template <class S>
+void assign(const Assign<S>& a, const Context& context) {
+    const Assignment<S> assignment{a.batch, 1,       a.n,      a.k,         a.d,     a.x,      a.centroids, nullptr,
                                    nullptr, a.exact, a.labels, a.distances, nullptr, kRunning, {}};
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (kFilters<S>) {
         if (wants_filter(assignment)) return assign_filtered(assignment, prepare_filter(assignment, context), context);
     }
     assign_directly(assignment, {}, context);
 }
 
-template <class T>
-constexpr Kernels<T> kTable{assign<T>, lloyd<T>, plus_plus<T>};
+template <class S>
+constexpr Kernels<S> kTable{assign<S>, lloyd<S>, plus_plus<S>};
 
 }  // namespace
 
-template <class T>
-void assign_directly(const Assignment<T>& a, const Listed& listed, const Context& context) {
+template <class S>
+void assign_directly(const Assignment<S>& a, const Listed& listed, const Context& context) {
+    using T = Computed<S>;
     constexpr int kBlocksPerProcessor = 8;
-    launch("assign_tiles", assign_tiles<T>, grid_of(a.groups * ceil_div(a.n, Tile<T>::kRows), kBlocksPerProcessor),
+    launch("assign_tiles", assign_tiles<S>, grid_of(a.groups * ceil_div(a.n, Tile<T>::kRows), kBlocksPerProcessor),
            dim3(Tile<T>::kThreads), sizeof(AssignShared<T>), context.stream, a, listed);
 }
 
 template void assign_directly(const Assignment<float>&, const Listed&, const Context&);
 template void assign_directly(const Assignment<double>&, const Listed&, const Context&);
+template void assign_directly(const Assignment<Float16>&, const Listed&, const Context&);
+template void assign_directly(const Assignment<Bfloat16>&, const Listed&, const Context&);
 
 FASTCLUST_DEFINE_KERNELS
+FASTCLUST_DEFINE_KERNELS_OF_HALVES
 
 }  // namespace fastclust::kmeans::cuda

@@ -1,4 +1,5 @@
-// What the CUDA sources of this room share. A group is one restart of one problem; groups are numbered problem by problem.
+// What the CUDA sources of this room share. S is what rows are stored as, T what is computed in. A group is one restart of one
+// problem; groups are numbered problem by problem.
 #pragma once
 
 #include "common/half_tile_cuda.h"
@@ -24,10 +25,11 @@ struct Sums {
     double next_part;            // 2^bits
 };
 
-template <class T>
+template <class S>
 struct Assignment {
+    using T = Computed<S>;
     int64_t groups, restarts, n, k, d;
-    const T* x;                   // (groups / restarts, N, D)
+    const S* x;                   // (groups / restarts, N, D)
     const T* centroids;           // (groups, K, D)
     const T* sample_weight;       // (groups / restarts, N), or null for ones
     const int64_t* fixed_labels;  // (groups / restarts, N), -1 for free rows, or null
@@ -52,12 +54,12 @@ struct Listed {
 };
 
 /// a.distances from a.labels.
-template <class T>
-void measure_rows(const Assignment<T>& a, const Context& context);
+template <class S>
+void measure_rows(const Assignment<S>& a, const Context& context);
 
 /// Sums (x - c)^2 itself for every pair: nothing cancels and there is nothing to certify.
-template <class T>
-void assign_directly(const Assignment<T>& a, const Listed& listed, const Context& context);
+template <class S>
+void assign_directly(const Assignment<S>& a, const Listed& listed, const Context& context);
 
 /// The tensor cores' way: products of rows in half precision decide every label whose margin exceeds the bound of their error,
 /// and leave the others to assign_directly. Prepared once for as many assignments of the same x as come.
@@ -71,36 +73,42 @@ struct Filter {
     Listed undecided;
 };
 
+/// Whether there is a filter for rows stored as S: where float is computed in.
+template <class S>
+constexpr bool kFilters = std::is_same_v<Computed<S>, float>;
+
 /// Whether `a` is worth a filter: small products are done before it would be ready.
-template <class T>
-bool wants_filter(const Assignment<T>& a) {
-    return sizeof(T) == sizeof(float) && a.k >= 2 && a.d >= 16;
+template <class S>
+bool wants_filter(const Assignment<S>& a) {
+    return kFilters<S> && a.k >= 2 && a.d >= 16;
 }
 
-Filter prepare_filter(const Assignment<float>& a, const Context& context);
-void assign_filtered(const Assignment<float>& a, const Filter& filter, const Context& context);
+template <class S>
+Filter prepare_filter(const Assignment<S>& a, const Context& context);
+template <class S>
+void assign_filtered(const Assignment<S>& a, const Filter& filter, const Context& context);
 
 /// Assigns by the filter where one was prepared.
-template <class T>
-void assign_rows(const Assignment<T>& a, const Filter* filter, const Context& context) {
-    if constexpr (sizeof(T) == sizeof(float)) {
+template <class S>
+void assign_rows(const Assignment<S>& a, const Filter* filter, const Context& context) {
+    if constexpr (kFilters<S>) {
         if (filter != nullptr) return assign_filtered(a, *filter, context);
     }
     assign_directly(a, {}, context);
 }
 
 /// variances (B): the mean over columns of the variance over rows, without weights.
-template <class T>
-void mean_variances(const Lloyd<T>& a, double* variances, const Context& context);
+template <class S>
+void mean_variances(const Lloyd<S>& a, double* variances, const Context& context);
 
 /// Sums of no rows.
-template <class T>
-Sums prepare_sums(const Lloyd<T>& a, const Context& context);
+template <class S>
+Sums prepare_sums(const Lloyd<S>& a, const Context& context);
 
-template <class T>
-void lloyd(const Lloyd<T>& a, const Context& context);
+template <class S>
+void lloyd(const Lloyd<S>& a, const Context& context);
 
-template <class T>
-void plus_plus(const PlusPlus<T>& a, const Context& context);
+template <class S>
+void plus_plus(const PlusPlus<S>& a, const Context& context);
 
 }  // namespace fastclust::kmeans::cuda

@@ -17,9 +17,10 @@ constexpr int kSumThreads = 128;
 constexpr int64_t kChunk = 2048;  // rows per partial sum of the inertia
 
 /// The iteration's state, on the device.
-template <class T>
+template <class S>
 struct State {
-    Lloyd<T> a;
+    using T = Computed<S>;
+    Lloyd<S> a;
     int64_t groups, chunks;  // chunks per group
     bool later;              // false in the first iteration, where no labels were there to change
     Sums sums;
@@ -41,9 +42,9 @@ __device__ int64_t first_piece() {
 }
 
 /// One block per cluster: its sum becomes the centroid.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads) move_centroids(State<T> s) {
-    const Lloyd<T>& a = s.a;
+template <class S>
+__global__ void __launch_bounds__(kSumThreads) move_centroids(State<S> s) {
+    const Lloyd<S>& a = s.a;
     double* slots = shared_memory<double>();
     for (int64_t piece = first_piece(); piece < s.groups * a.k; piece += gridDim.x) {
         const int64_t g = piece / a.k, k = piece % a.k;
@@ -57,8 +58,8 @@ __global__ void __launch_bounds__(kSumThreads) move_centroids(State<T> s) {
         }
         const double divisor = a.spherical ? sqrt(squares) : weight;
         for (int64_t column = threadIdx.x; column < a.d; column += kSumThreads) {
-            T& centroid = a.centroids[piece * a.d + column];
-            const T moved = weight > 0 && divisor > 0 ? static_cast<T>(sum(column) / divisor) : centroid;
+            Computed<S>& centroid = a.centroids[piece * a.d + column];
+            const auto moved = weight > 0 && divisor > 0 ? static_cast<Computed<S>>(sum(column) / divisor) : centroid;
             s.previous[piece * a.d + column] = centroid;
             shift += (double(moved) - double(centroid)) * (double(moved) - double(centroid));
             centroid = moved;
@@ -103,9 +104,9 @@ struct ConcludeShared {
 };
 
 /// Lists the rows of a cluster that an empty one may take, in any order, with their distances to its centroid; their number.
-template <class T>
-__device__ int64_t list_rows(const State<T>& s, int64_t g, int64_t cluster, ConcludeShared& shared) {
-    const Lloyd<T>& a = s.a;
+template <class S>
+__device__ int64_t list_rows(const State<S>& s, int64_t g, int64_t cluster, ConcludeShared& shared) {
+    const Lloyd<S>& a = s.a;
     const int64_t first = g / a.restarts * a.n;
     int64_t* rows = s.rows + g * a.n;
     if (threadIdx.x == 0) shared.listed = 0;
@@ -119,10 +120,10 @@ __device__ int64_t list_rows(const State<T>& s, int64_t g, int64_t cluster, Conc
     }
     __syncthreads();
     const auto count = static_cast<int64_t>(shared.listed);
-    const T* centroid = s.previous + (g * a.k + cluster) * a.d;
+    const Computed<S>* centroid = s.previous + (g * a.k + cluster) * a.d;
     for (int64_t i = threadIdx.x / kWarp; i < count; i += kWarps) {
-        const T* x = a.x + (first + rows[i]) * a.d;
-        T distance = 0;
+        const S* x = a.x + (first + rows[i]) * a.d;
+        Computed<S> distance = 0;
         for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp) distance += (x[t] - centroid[t]) * (x[t] - centroid[t]);
         distance = warp_sum(distance);
         if (threadIdx.x % kWarp == 0) s.distances[g * a.n + i] = distance;
@@ -132,9 +133,9 @@ __device__ int64_t list_rows(const State<T>& s, int64_t g, int64_t cluster, Conc
 }
 
 /// Puts each empty cluster on the farthest row of the largest that none before it took.
-template <class T>
-__device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared& shared) {
-    const Lloyd<T>& a = s.a;
+template <class S>
+__device__ void seed_empty_clusters(const State<S>& s, int64_t g, ConcludeShared& shared) {
+    const Lloyd<S>& a = s.a;
     const double* weights = s.weights + g * a.k;
     Greatest largest{-1, a.k};
     int empty = 0;
@@ -159,8 +160,8 @@ __device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared
         if (!(farthest.value > 0)) return;
         double shift = 0;
         for (int64_t column = threadIdx.x; column < a.d; column += kThreads) {
-            T& centroid = a.centroids[(g * a.k + k) * a.d + column];
-            const T moved = a.x[(g / a.restarts * a.n + farthest.index) * a.d + column];
+            Computed<S>& centroid = a.centroids[(g * a.k + k) * a.d + column];
+            const Computed<S> moved = a.x[(g / a.restarts * a.n + farthest.index) * a.d + column];
             shift += (double(moved) - double(centroid)) * (double(moved) - double(centroid));
             centroid = moved;
         }
@@ -171,8 +172,8 @@ __device__ void seed_empty_clusters(const State<T>& s, int64_t g, ConcludeShared
 }
 
 /// One block per group ends the iteration: empty clusters, then the two stopping rules.
-template <class T>
-__global__ void __launch_bounds__(kThreads) conclude(State<T> s) {
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1) conclude(State<S> s) {
     auto& shared = *shared_memory<ConcludeShared>();
     for (int64_t g = first_piece(); g < s.groups; g += gridDim.x) {
         Group& group = s.group[g];
@@ -210,9 +211,9 @@ __global__ void set_phase(Group* group, int64_t groups, bool start) {
 }
 
 /// partials (groups, chunks): sum_i w_i |x_i - c|^2 over a chunk of rows.
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_distances(State<T> s) {
-    const Lloyd<T>& a = s.a;
+template <class S>
+__global__ void __launch_bounds__(kThreads) sum_distances(State<S> s) {
+    const Lloyd<S>& a = s.a;
     double* slots = shared_memory<double>();
     for (int64_t piece = first_piece(); piece < s.groups * s.chunks; piece += gridDim.x) {
         const int64_t g = piece / s.chunks, start = piece % s.chunks * kChunk;
@@ -227,30 +228,30 @@ __global__ void __launch_bounds__(kThreads) sum_distances(State<T> s) {
     }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) report(State<T> s) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) report(State<S> s) {
     double* slots = shared_memory<double>();
     for (int64_t g = first_piece(); g < s.groups; g += gridDim.x) {
         double sum = 0;
         for (int64_t chunk = threadIdx.x; chunk < s.chunks; chunk += kThreads) sum += s.partials[g * s.chunks + chunk];
         sum = block_sum(sum, slots);
         if (threadIdx.x != 0) continue;
-        s.a.inertia[g] = static_cast<T>(sum);
+        s.a.inertia[g] = static_cast<Computed<S>>(sum);
         s.a.n_iter[g] = s.group[g].iterations;
     }
 }
 
-template <class T>
-State<T> allocate(const Lloyd<T>& a, const Context& context) {
-    State<T> s{};
+template <class S>
+State<S> allocate(const Lloyd<S>& a, const Context& context) {
+    State<S> s{};
     s.a = a;
     s.groups = a.batch * a.restarts;
     s.chunks = ceil_div(a.n, kChunk);
     s.sums = prepare_sums(a, context);
     s.group = context.scratch<Group>(s.groups);
-    s.distances = context.scratch<T>(s.groups * a.n);
+    s.distances = context.scratch<Computed<S>>(s.groups * a.n);
     s.rows = context.scratch<int64_t>(s.groups * a.n);
-    s.previous = context.scratch<T>(s.groups * a.k * a.d);
+    s.previous = context.scratch<Computed<S>>(s.groups * a.k * a.d);
     s.weights = context.scratch<double>(s.groups * a.k);
     s.shifts = context.scratch<double>(s.groups * a.k);
     s.variance = context.scratch<double>(a.batch);
@@ -259,11 +260,11 @@ State<T> allocate(const Lloyd<T>& a, const Context& context) {
 }
 
 /// From sums to new centroids, and whether to go on.
-template <class T>
-void update(const State<T>& s, void* stream) {
-    launch("move_centroids", move_centroids<T>, grid_of(s.groups * s.a.k), dim3(kSumThreads),
+template <class S>
+void update(const State<S>& s, void* stream) {
+    launch("move_centroids", move_centroids<S>, grid_of(s.groups * s.a.k), dim3(kSumThreads),
            kSumThreads / kWarp * sizeof(double), stream, s);
-    launch("conclude", conclude<T>, grid_of(s.groups), dim3(kThreads), sizeof(ConcludeShared), stream, s);
+    launch("conclude", conclude<S>, grid_of(s.groups), dim3(kThreads), sizeof(ConcludeShared), stream, s);
 }
 
 /// True where every group has stopped. Waits for the device, so it is asked once in kAskEvery iterations and never in a
@@ -279,23 +280,23 @@ bool all_stopped(const Group* group, int64_t groups, void* stream) {
 
 }  // namespace
 
-template <class T>
-void lloyd(const Lloyd<T>& a, const Context& context) {
+template <class S>
+void lloyd(const Lloyd<S>& a, const Context& context) {
     constexpr int64_t kAskEvery = 16;
     constexpr size_t kSlots = kWarps * sizeof(double);
     void* stream = context.stream;
-    State<T> s = allocate(a, context);
+    State<S> s = allocate(a, context);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const size_t centroid_bytes = static_cast<size_t>(s.groups * a.k * a.d) * sizeof(T);
+    const size_t centroid_bytes = static_cast<size_t>(s.groups * a.k * a.d) * sizeof(Computed<S>);
     check(cudaMemcpyAsync(a.centroids, a.init, centroid_bytes, cudaMemcpyDeviceToDevice, cuda_stream), "lloyd");
     check(cudaMemsetAsync(a.labels, 0xFF, static_cast<size_t>(s.groups * a.n) * sizeof(int64_t), cuda_stream), "lloyd");
     launch("set_phase", set_phase, grid_of(ceil_div(s.groups, kThreads)), dim3(kThreads), 0, stream, s.group, s.groups, true);
     if (a.tol > 0) mean_variances(a, s.variance, context);
-    Assignment<T> assignment{s.groups,       a.restarts, a.n,      a.k,     a.d,     a.x,      a.centroids, a.sample_weight,
+    Assignment<S> assignment{s.groups,       a.restarts, a.n,      a.k,     a.d,     a.x,      a.centroids, a.sample_weight,
                              a.fixed_labels, a.exact,    a.labels, nullptr, s.group, kRunning, s.sums};
     Filter filter{};
     const bool filtered = wants_filter(assignment);
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (kFilters<S>) {
         if (filtered) filter = prepare_filter(assignment, context);
     }
     const bool capturing = is_capturing(stream);
@@ -312,11 +313,13 @@ void lloyd(const Lloyd<T>& a, const Context& context) {
     assignment.group = nullptr;
     assignment.distances = s.distances;
     measure_rows(assignment, context);
-    launch("sum_distances", sum_distances<T>, grid_of(s.groups * s.chunks), dim3(kThreads), kSlots, stream, s);
-    launch("report", report<T>, grid_of(s.groups), dim3(kThreads), kSlots, stream, s);
+    launch("sum_distances", sum_distances<S>, grid_of(s.groups * s.chunks), dim3(kThreads), kSlots, stream, s);
+    launch("report", report<S>, grid_of(s.groups), dim3(kThreads), kSlots, stream, s);
 }
 
 template void lloyd(const Lloyd<float>&, const Context&);
 template void lloyd(const Lloyd<double>&, const Context&);
+template void lloyd(const Lloyd<Float16>&, const Context&);
+template void lloyd(const Lloyd<Bfloat16>&, const Context&);
 
 }  // namespace fastclust::kmeans::cuda

@@ -10,9 +10,10 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kChunk = 1024;
 
-template <class T>
+template <class S>
 struct Seeding {
-    PlusPlus<T> a;
+    using T = Computed<S>;
+    PlusPlus<S> a;
     int64_t groups, chunks;
     T* nearest;           // (groups, N): squared distance to the nearest row picked so far
     double* masses;       // (groups, chunks): the sum over a chunk
@@ -26,20 +27,20 @@ struct Seeding {
     __device__ double mass(int64_t g, int64_t row) const {
         return pick == 0 ? weight(g, row) : weight(g, row) * double(nearest[g * a.n + row]);
     }
-    __device__ const T* row_of(int64_t g, int64_t row) const { return a.x + (g / a.restarts * a.n + row) * a.d; }
+    __device__ const S* row_of(int64_t g, int64_t row) const { return a.x + (g / a.restarts * a.n + row) * a.d; }
 };
 
 /// |x - y|^2, for every lane of the warp that calls.
-template <class T>
-__device__ T squared_distance(const T* x, const T* y, int64_t d) {
-    T sum = 0;
+template <class S>
+__device__ Computed<S> squared_distance(const S* x, const S* y, int64_t d) {
+    Computed<S> sum = 0;
     for (int64_t t = threadIdx.x % kWarp; t < d; t += kWarp) sum += (x[t] - y[t]) * (x[t] - y[t]);
     return warp_sum(sum);
 }
 
 /// Takes the row picked last into `nearest` and sums the masses of each chunk.
-template <class T>
-__global__ void __launch_bounds__(kThreads) weigh(Seeding<T> s) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) weigh(Seeding<S> s) {
     double* slots = shared_memory<double>();
     const int lane = threadIdx.x % kWarp;
     for (int64_t piece = blockIdx.x; piece < s.groups * s.chunks; piece += gridDim.x) {
@@ -49,8 +50,8 @@ __global__ void __launch_bounds__(kThreads) weigh(Seeding<T> s) {
         for (int64_t row = start + threadIdx.x / kWarp; row < end; row += kWarps) {
             if (s.pick > 0) {
                 const int64_t picked = s.a.rows[g * s.a.k + s.pick - 1];
-                const T distance = squared_distance(s.row_of(g, row), s.row_of(g, picked), s.a.d);
-                T& nearest = s.nearest[g * s.a.n + row];
+                const auto distance = squared_distance(s.row_of(g, row), s.row_of(g, picked), s.a.d);
+                Computed<S>& nearest = s.nearest[g * s.a.n + row];
                 if (lane == 0 && (s.pick == 1 || distance < nearest)) nearest = distance;
             }
             if (lane == 0) sum += s.mass(g, row);
@@ -61,9 +62,9 @@ __global__ void __launch_bounds__(kThreads) weigh(Seeding<T> s) {
 }
 
 /// One warp per group and candidate finds the lowest row whose prefix sum of masses exceeds u times their total.
-template <class T>
-__global__ void draw(Seeding<T> s) {
-    const PlusPlus<T>& a = s.a;
+template <class S>
+__global__ void draw(Seeding<S> s) {
+    const PlusPlus<S>& a = s.a;
     const int lane = threadIdx.x % kWarp;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t piece = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; piece < s.groups * a.candidates; piece += stride) {
@@ -123,19 +124,19 @@ __global__ void draw(Seeding<T> s) {
 }
 
 /// One block per chunk and candidate.
-template <class T>
-__global__ void __launch_bounds__(kThreads) try_candidates(Seeding<T> s) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) try_candidates(Seeding<S> s) {
     double* slots = shared_memory<double>();
-    const PlusPlus<T>& a = s.a;
+    const PlusPlus<S>& a = s.a;
     const int lane = threadIdx.x % kWarp;
     for (int64_t piece = blockIdx.x; piece < s.groups * a.candidates * s.chunks; piece += gridDim.x) {
         const int64_t g = piece / s.chunks / a.candidates, start = piece % s.chunks * kChunk;
         const int64_t end = start + kChunk < a.n ? start + kChunk : a.n;
-        const T* candidate = s.row_of(g, s.candidates[piece / s.chunks]);
+        const S* candidate = s.row_of(g, s.candidates[piece / s.chunks]);
         double sum = 0;
         for (int64_t row = start + threadIdx.x / kWarp; row < end; row += kWarps) {
-            const T distance = squared_distance(s.row_of(g, row), candidate, a.d);
-            const T nearest = s.nearest[g * a.n + row];
+            const auto distance = squared_distance(s.row_of(g, row), candidate, a.d);
+            const auto nearest = s.nearest[g * a.n + row];
             if (lane == 0) sum += s.weight(g, row) * double(distance < nearest ? distance : nearest);
         }
         sum = block_sum(sum, slots);
@@ -144,9 +145,9 @@ __global__ void __launch_bounds__(kThreads) try_candidates(Seeding<T> s) {
 }
 
 /// One warp per group takes the candidate with the least potential, the first of equals.
-template <class T>
-__global__ void choose(Seeding<T> s, bool tried) {
-    const PlusPlus<T>& a = s.a;
+template <class S>
+__global__ void choose(Seeding<S> s, bool tried) {
+    const PlusPlus<S>& a = s.a;
     const int lane = threadIdx.x;
     for (int64_t g = blockIdx.x; g < s.groups; g += gridDim.x) {
         int64_t best = 0;
@@ -167,29 +168,31 @@ __global__ void choose(Seeding<T> s, bool tried) {
 
 }  // namespace
 
-template <class T>
-void plus_plus(const PlusPlus<T>& a, const Context& context) {
+template <class S>
+void plus_plus(const PlusPlus<S>& a, const Context& context) {
     constexpr size_t kSlots = kWarps * sizeof(double);
     void* stream = context.stream;
-    Seeding<T> s{};
+    Seeding<S> s{};
     s.a = a;
     s.groups = a.batch * a.restarts;
     s.chunks = ceil_div(a.n, kChunk);
-    s.nearest = context.scratch<T>(s.groups * a.n);
+    s.nearest = context.scratch<Computed<S>>(s.groups * a.n);
     s.masses = context.scratch<double>(s.groups * s.chunks);
     s.potentials = context.scratch<double>(s.groups * a.candidates * s.chunks);
     s.candidates = context.scratch<int64_t>(s.groups * a.candidates);
     const int64_t draws = s.groups * a.candidates;
     for (s.pick = 0; s.pick < a.k; ++s.pick) {
         const bool several = s.pick > 0 && a.candidates > 1;
-        launch("weigh", weigh<T>, grid_of(s.groups * s.chunks), dim3(kThreads), kSlots, stream, s);
-        launch("draw", draw<T>, grid_of(ceil_div(draws, kWarps)), dim3(kThreads), 0, stream, s);
-        if (several) launch("try_candidates", try_candidates<T>, grid_of(draws * s.chunks), dim3(kThreads), kSlots, stream, s);
-        launch("choose", choose<T>, grid_of(s.groups), dim3(kWarp), 0, stream, s, several);
+        launch("weigh", weigh<S>, grid_of(s.groups * s.chunks), dim3(kThreads), kSlots, stream, s);
+        launch("draw", draw<S>, grid_of(ceil_div(draws, kWarps)), dim3(kThreads), 0, stream, s);
+        if (several) launch("try_candidates", try_candidates<S>, grid_of(draws * s.chunks), dim3(kThreads), kSlots, stream, s);
+        launch("choose", choose<S>, grid_of(s.groups), dim3(kWarp), 0, stream, s, several);
     }
 }
 
 template void plus_plus(const PlusPlus<float>&, const Context&);
 template void plus_plus(const PlusPlus<double>&, const Context&);
+template void plus_plus(const PlusPlus<Float16>&, const Context&);
+template void plus_plus(const PlusPlus<Bfloat16>&, const Context&);
 
 }  // namespace fastclust::kmeans::cuda

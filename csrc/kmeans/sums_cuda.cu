@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kChunk = 512;  // rows per block
 
 /// greatest (B, D + 1): the bits of max_i |w_i x_i|, in the last column of max_i w_i; they order as the numbers do.
-template <class T>
-__global__ void __launch_bounds__(kThreads) find_greatest(Lloyd<T> a, unsigned long long* greatest) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) find_greatest(Lloyd<S> a, unsigned long long* greatest) {
     double* slots = shared_memory<double>();
     int columns = kThreads;
     while (columns / 2 >= a.d + 1) columns /= 2;
@@ -51,8 +51,8 @@ __global__ void set_units(const unsigned long long* greatest, int64_t count, int
 
 }  // namespace
 
-template <class T>
-Sums prepare_sums(const Lloyd<T>& a, const Context& context) {
+template <class S>
+Sums prepare_sums(const Lloyd<S>& a, const Context& context) {
     const int64_t width = a.d + 1, count = a.batch * width, totals = a.batch * a.restarts * Sums::kParts * a.k * width;
     int bits = 61;
     while (bits > 1 && (a.n >> (61 - bits)) > 0) --bits;  // n 2^bits fits an int64
@@ -62,7 +62,7 @@ Sums prepare_sums(const Lloyd<T>& a, const Context& context) {
     const auto stream = static_cast<cudaStream_t>(context.stream);
     check(cudaMemsetAsync(greatest, 0, static_cast<size_t>(count) * sizeof *greatest, stream), "lloyd");
     check(cudaMemsetAsync(sums.totals, 0, static_cast<size_t>(totals) * sizeof *sums.totals, stream), "lloyd");
-    launch("find_greatest", find_greatest<T>, grid_of(a.batch * ceil_div(a.n, kChunk)), dim3(kThreads),
+    launch("find_greatest", find_greatest<S>, grid_of(a.batch * ceil_div(a.n, kChunk)), dim3(kThreads),
            kThreads * sizeof(double), context.stream, a, greatest);
     launch("set_units", set_units, grid_of(ceil_div(count, kThreads)), dim3(kThreads), 0, context.stream, greatest, count, bits,
            units);
@@ -71,5 +71,7 @@ Sums prepare_sums(const Lloyd<T>& a, const Context& context) {
 
 template Sums prepare_sums(const Lloyd<float>&, const Context&);
 template Sums prepare_sums(const Lloyd<double>&, const Context&);
+template Sums prepare_sums(const Lloyd<Float16>&, const Context&);
+template Sums prepare_sums(const Lloyd<Bfloat16>&, const Context&);
 
 }  // namespace fastclust::kmeans::cuda

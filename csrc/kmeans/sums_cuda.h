@@ -32,8 +32,8 @@ __device__ inline void move_value(const Sums& s, int64_t g, int64_t problem, int
 }
 
 /// Moves `count` rows between the sums of group g; the whole block calls. Neighbouring threads take neighbouring columns.
-template <class T>
-__device__ void move_rows(const Assignment<T>& a, int64_t g, const Moved* moved, int count) {
+template <class S>
+__device__ void move_rows(const Assignment<S>& a, int64_t g, const Moved* moved, int count) {
     if (a.sums.totals == nullptr) return;
     int columns = static_cast<int>(blockDim.x);
     while (columns / 2 >= a.d) columns /= 2;
@@ -41,7 +41,7 @@ __device__ void move_rows(const Assignment<T>& a, int64_t g, const Moved* moved,
     const int64_t problem = a.problem(g);
     for (int i = static_cast<int>(threadIdx.x) / columns; i < count; i += lanes) {
         const auto [row, from, to] = moved[i];
-        const T* x = a.x + (problem * a.n + row) * a.d;
+        const S* x = a.x + (problem * a.n + row) * a.d;
         const double weight = a.sample_weight == nullptr ? 1.0 : double(a.sample_weight[problem * a.n + row]);
         for (int64_t c = column; c < a.d; c += columns) move_value(a.sums, g, problem, a.k, c, weight * double(x[c]), from, to);
         if (column == 0) move_value(a.sums, g, problem, a.k, a.d, weight, from, to);
@@ -49,8 +49,8 @@ __device__ void move_rows(const Assignment<T>& a, int64_t g, const Moved* moved,
 }
 
 /// Labels a row, and notes it in the block's list where that is a change.
-template <class T>
-__device__ void note_label(const Assignment<T>& a, int64_t g, int64_t row, int64_t label, Moved* moved, int& changed) {
+template <class S>
+__device__ void note_label(const Assignment<S>& a, int64_t g, int64_t row, int64_t label, Moved* moved, int& changed) {
     const int64_t at = g * a.n + row;
     if (a.group != nullptr) {
         if (a.labels[at] == label) return;
@@ -60,8 +60,8 @@ __device__ void note_label(const Assignment<T>& a, int64_t g, int64_t row, int64
 }
 
 /// Counts and moves what the whole block has noted; the whole block calls.
-template <class T>
-__device__ void move_noted(const Assignment<T>& a, int64_t g, const Moved* moved, const int& changed) {
+template <class S>
+__device__ void move_noted(const Assignment<S>& a, int64_t g, const Moved* moved, const int& changed) {
     __syncthreads();
     if (changed == 0) return;
     if (threadIdx.x == 0) atomicAdd(&a.group[g].changed, static_cast<unsigned long long>(changed));

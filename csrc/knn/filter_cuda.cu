@@ -15,8 +15,9 @@ struct Rounded {
     const float* squares;  // (rows) |x - shift|^2
 };
 
+template <class S>
 __global__ void __launch_bounds__(kThreads)
-    round_rows(const float* x, int64_t rows, int64_t d, const float* shift, Half* halves, RowInfo* info, float* squares) {
+    round_rows(const S* x, int64_t rows, int64_t d, const S* shift, Half* halves, RowInfo* info, float* squares) {
     const int lane = threadIdx.x % kWarp;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
@@ -56,17 +57,20 @@ __global__ void __launch_bounds__(kThreads) reduce_worst(const RowInfo* info, in
     if (threadIdx.x == 0) worst[info != nullptr ? 1 + blockIdx.x : 0] = greatest;
 }
 
+template <class S>
 struct FilterTask {
-    Task<float> task;
+    Task<S> task;
     Rounded x, queries;
     const float2* worst;  // (1) the greatest norm and the greatest error of a row of x
 };
 
-using HalfLists = Lists<float, HalfTile::kRows, HalfTile::kCols>;
+template <class S>
+using HalfLists = Lists<S, HalfTile::kRows, HalfTile::kCols>;
 
+template <class S>
 struct FilterShared {
     HalfTile::Shared tile;
-    HalfLists::Shared lists;
+    typename HalfLists<S>::Shared lists;
     int scored[HalfTile::kRows];  // how many of a list's candidates have their score in float
     float error[HalfTile::kRows];
 };
@@ -81,7 +85,8 @@ __device__ float score_error(const RowInfo& query, float2 worst, int64_t depth, 
 }
 
 /// The score in float of a candidate, for every lane of the warp that calls; equal rows get equal scores.
-__device__ float score_exactly(const float* query, const float* x, const Search<float>& a) {
+template <class S>
+__device__ float score_exactly(const S* query, const S* x, const Search<S>& a) {
     float sum = 0;
     for (int64_t t = threadIdx.x % kWarp; t < a.d; t += kWarp)
         sum += a.metric == Metric::euclidean ? (query[t] - x[t]) * (query[t] - x[t]) : query[t] * x[t];
@@ -90,9 +95,10 @@ __device__ float score_exactly(const float* query, const float* x, const Search<
 }
 
 /// Lists what may rank of a tile's scores: those at most the bound of the error below the worst of their query's list.
-__device__ __forceinline__ void take_scores(const FilterTask& f, const HalfLists& lists, const FilterShared& shared,
+template <class S>
+__device__ __forceinline__ void take_scores(const FilterTask<S>& f, const HalfLists<S>& lists, const FilterShared<S>& shared,
                                             int64_t start, int64_t first, const HalfTile::Sums& sum) {
-    const Search<float>& a = f.task.a;
+    const Search<S>& a = f.task.a;
     const bool euclidean = a.metric == Metric::euclidean;
     float limit[HalfTile::kDown][2], factor[HalfTile::kDown][2];
     for (int i = 0; i < HalfTile::kDown; ++i)
@@ -130,24 +136,26 @@ __device__ __forceinline__ void take_scores(const FilterTask& f, const HalfLists
 }
 
 /// Gives the candidates that a tile has brought their scores in float, a warp each.
-__device__ void score_candidates(const FilterTask& f, const HalfLists& lists, FilterShared& shared, int64_t start) {
-    const Task<float>& task = f.task;
+template <class S>
+__device__ void score_candidates(const FilterTask<S>& f, const HalfLists<S>& lists, FilterShared<S>& shared, int64_t start) {
+    const Task<S>& task = f.task;
     for (int row = threadIdx.x / kWarp; row < HalfTile::kRows; row += kWarps)
         for (int e = shared.scored[row]; e < shared.lists.count[row]; ++e) {
             Candidate<float>& candidate = lists.own[row * task.capacity + e];
             const float score =
-                score_exactly(task.queries + (start + row) * task.a.d, task.x + candidate.index * task.a.d, task.a);
-            if (threadIdx.x % kWarp == 0) candidate.score = HalfLists::candidate(score, 0).score;
+                score_exactly(task.queries + (start + row) * task.a.d, task.a.x + candidate.index * task.a.d, task.a);
+            if (threadIdx.x % kWarp == 0) candidate.score = HalfLists<S>::candidate(score, 0).score;
         }
 }
 
 /// One block per 128 queries and split, as search_tiles.
-__global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask f) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask<S> f) {
     constexpr int kRows = HalfTile::kRows, kCols = HalfTile::kCols;
-    const Task<float>& task = f.task;
-    const Search<float>& a = task.a;
-    auto& shared = *shared_memory<FilterShared>();
-    const HalfLists lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
+    const Task<S>& task = f.task;
+    const Search<S>& a = task.a;
+    auto& shared = *shared_memory<FilterShared<S>>();
+    const HalfLists<S> lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
     const int64_t tiles = ceil_div(a.n, kCols), depth = padded_depth(a.d);
     for (int64_t piece = blockIdx.x; piece < ceil_div(a.m, kRows) * task.splits; piece += gridDim.x) {
         const int64_t start = piece / task.splits * kRows, split = piece % task.splits;
@@ -173,11 +181,12 @@ __global__ void __launch_bounds__(kThreads) filter_tiles(FilterTask f) {
     }
 }
 
-Rounded round_all(const float* x, int64_t rows, int64_t d, const float* shift, const Context& context) {
+template <class S>
+Rounded round_all(const S* x, int64_t rows, int64_t d, const S* shift, const Context& context) {
     auto* halves = context.scratch<Half>(rows * padded_depth(d));
     auto* info = context.scratch<RowInfo>(rows);
     auto* squares = context.scratch<float>(rows);
-    launch("round_rows", round_rows, grid_of(ceil_div(rows, kWarps)), dim3(kThreads), 0, context.stream, x, rows, d, shift,
+    launch("round_rows", round_rows<S>, grid_of(ceil_div(rows, kWarps)), dim3(kThreads), 0, context.stream, x, rows, d, shift,
            halves, info, squares);
     return {halves, info, squares};
 }
@@ -194,16 +203,21 @@ const float2* find_worst(const Rounded& rows, int64_t count, const Context& cont
 
 }  // namespace
 
-void search_filtered(Task<float>& task, const Context& context) {
-    const Search<float>& a = task.a;
+template <class S>
+void search_filtered(Task<S>& task, const Context& context) {
+    const Search<S>& a = task.a;
     // Distances do not change with a shift, and the first row is near the others more often than the origin is.
-    const float* shift = a.metric == Metric::euclidean ? task.x : nullptr;
-    const Rounded x = round_all(task.x, a.n, a.d, shift, context);
+    const S* shift = a.metric == Metric::euclidean ? a.x : nullptr;
+    const Rounded x = round_all(a.x, a.n, a.d, shift, context);
     const Rounded queries = a.queries == nullptr ? x : round_all(task.queries, a.m, a.d, shift, context);
     const float2* worst = find_worst(x, a.n, context);
     const int64_t blocks = plan(task, HalfTile::kRows, HalfTile::kCols, context);
-    launch("filter_tiles", filter_tiles, grid_of(blocks), dim3(kThreads), sizeof(FilterShared), context.stream,
-           FilterTask{task, x, queries, worst});
+    launch("filter_tiles", filter_tiles<S>, grid_of(blocks), dim3(kThreads), sizeof(FilterShared<S>), context.stream,
+           FilterTask<S>{task, x, queries, worst});
 }
+
+template void search_filtered(Task<float>&, const Context&);
+template void search_filtered(Task<Float16>&, const Context&);
+template void search_filtered(Task<Bfloat16>&, const Context&);
 
 }  // namespace fastclust::knn::cuda

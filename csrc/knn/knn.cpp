@@ -10,6 +10,7 @@
 namespace fastclust::knn {
 
 FASTCLUST_DEFINE_CUDA_SLOT
+FASTCLUST_DEFINE_CUDA_SLOT_OF_HALVES
 
 namespace {
 
@@ -31,14 +32,14 @@ Symmetrize symmetrize_of(const std::string& name) {
 std::tuple<Tensor, Tensor> knn(const Tensor& x_in, const std::optional<Tensor>& queries_in, int64_t k, std::string metric,
                                bool exact) {
     const Metric kind = metric_of(metric);
-    const Tensor x = float_argument("knn", "x", x_in, 2);
+    const Tensor x = stored_argument("knn", "x", x_in, 2);
     const int64_t n = x.size(0), d = x.size(1);
     require(k >= 1, "knn: k must be at least 1, got ", k);
     require(d >= 1, "knn: x has rows of no features");
     require(n <= std::numeric_limits<int32_t>::max(), "knn: x has ", n, " rows, more than an int32 counts");
     std::optional<Tensor> queries;
     if (queries_in.has_value()) {
-        queries = float_argument("knn", "queries", *queries_in, 2, x);
+        queries = stored_argument("knn", "queries", *queries_in, 2, x);
         require(queries->size(1) == d, "knn: queries must be (M, ", d, "), got ", shape_of(*queries));
         require(k <= n, "knn: k must be at most the ", n, " rows of x, got ", k);
         require_finite_rows("knn", "queries", *queries);
@@ -47,14 +48,14 @@ std::tuple<Tensor, Tensor> knn(const Tensor& x_in, const std::optional<Tensor>& 
     }
     require_finite_rows("knn", "x", x);
     const int64_t m = queries ? queries->size(0) : n;
-    const Tensor values = empty_on(x, {m, k}, x.scalar_type());
+    const Tensor values = empty_on(x, {m, k}, computed_dtype(x));
     const Tensor indices = empty_on(x, {m, k}, ScalarType::Long);
     if (m == 0) return {values, indices};
     const OpScope scope(x);
-    dispatch_float(x, [&](auto zero) {
-        using T = decltype(zero);
-        const auto& kernels = kernels_for("knn", x, cpu_kernels<T>(), cuda_kernels<T>());
-        kernels.search({n, m, k, d, read<T>(x), queries ? read<T>(*queries) : nullptr, kind, exact, write<T>(values),
+    dispatch_stored(x, [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        const auto& kernels = kernels_for("knn", x, cpu_kernels<S>(), cuda_kernels<S>());
+        kernels.search({n, m, k, d, read<S>(x), queries ? read<S>(*queries) : nullptr, kind, exact, write<Computed<S>>(values),
                         write<int64_t>(indices)},
                        scope.context());
     });

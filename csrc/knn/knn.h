@@ -4,7 +4,7 @@
 //     cosine          x_i . x_j of the rows divided by their norms (a zero row stays zero)
 //     inner_product   x_i . x_j
 //     euclidean       -|x_i - x_j|^2 / 2
-// Rows of equal score are ranked by ascending index.
+// Rows of equal score are ranked by ascending index. S is what rows are stored as, T what is computed in.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,12 @@ namespace fastclust::knn {
 enum class Metric { cosine, inner_product, euclidean };
 enum class Symmetrize { none, sum, mean, max };
 
-template <class T>
+template <class S>
 struct Search {
+    using T = Computed<S>;
     int64_t n, m, k, d;  // M = N where queries is null
-    const T* x;          // (N, D) finite
-    const T* queries;    // (M, D) finite, or null: the rows of x look for each other, none finds itself
+    const S* x;          // (N, D) finite
+    const S* queries;    // (M, D) finite, or null: the rows of x look for each other, none finds itself
     Metric metric;
     bool exact;        // false: the filter's error is taken as random, not as at its bound
     T* values;         // (M, k) out, best first: similarity, descending, or distance, ascending
@@ -49,10 +50,10 @@ struct Graph {
     Edges<T> (*allocate)(void* owner, int64_t count);
 };
 
-template <class T>
+template <class S>
 struct Kernels {
-    void (*search)(const Search<T>&, const Context&);
-    void (*graph)(const Graph<T>&, const Context&);
+    void (*search)(const Search<S>&, const Context&);
+    void (*graph)(const Graph<Computed<S>>&, const Context&);
 };
 
 FASTCLUST_DECLARE_KERNELS

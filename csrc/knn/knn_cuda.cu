@@ -14,20 +14,21 @@ using namespace fastclust::cuda;
 constexpr int kRows = 64, kCols = 64, kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-template <class T, class Op>
+template <class S, class Op>
 struct SearchShared {
-    typename PairTile<T, Op>::Shared tile;
-    typename Lists<T, kRows, kCols>::Shared lists;
+    typename PairTile<Computed<S>, Op>::Shared tile;
+    typename Lists<S, kRows, kCols>::Shared lists;
 };
 
 /// One block per 64 queries and split; blocks take further pieces in turn, so that only as many lists exist as blocks.
-template <class T, class Op>
-__global__ void __launch_bounds__(kThreads) search_tiles(Task<T> task) {
+template <class S, class Op>
+__global__ void __launch_bounds__(kThreads) search_tiles(Task<S> task) {
+    using T = Computed<S>;
     using Tile = PairTile<T, Op>;
     constexpr int kSide = Tile::kSide;
-    const Search<T>& a = task.a;
-    auto& shared = *shared_memory<SearchShared<T, Op>>();
-    const Lists<T, kRows, kCols> lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
+    const Search<S>& a = task.a;
+    auto& shared = *shared_memory<SearchShared<S, Op>>();
+    const Lists<S, kRows, kCols> lists{task, task.lists + int64_t(blockIdx.x) * kRows * task.capacity, shared.lists};
     const int64_t tiles = ceil_div(a.n, kCols);
     for (int64_t piece = blockIdx.x; piece < ceil_div(a.m, kRows) * task.splits; piece += gridDim.x) {
         const int64_t start = piece / task.splits * kRows, split = piece % task.splits;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) search_tiles(Task<T> task) {
             const int64_t first = tile * kCols;
             T sum[kSide][kSide];
             Tile::run([&](int i) { return start + i < a.m ? task.queries + (start + i) * a.d : nullptr; },
-                      [&](int j) { return first + j < a.n ? task.x + (first + j) * a.d : nullptr; }, a.d, shared.tile, sum);
+                      [&](int j) { return first + j < a.n ? a.x + (first + j) * a.d : nullptr; }, a.d, shared.tile, sum);
             for (int i = 0; i < kSide; ++i)
                 for (int j = 0; j < kSide; ++j) {
                     const int row = Tile::first_row() + i;
@@ -53,12 +54,12 @@ __global__ void __launch_bounds__(kThreads) search_tiles(Task<T> task) {
 }
 
 /// One warp per query: the best of what its splits found.
-template <class T>
-__global__ void __launch_bounds__(kThreads) merge_splits(Task<T> task) {
-    const Search<T>& a = task.a;
+template <class S>
+__global__ void __launch_bounds__(kThreads) merge_splits(Task<S> task) {
+    const Search<S>& a = task.a;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t query = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; query < a.m; query += stride) {
-        Candidate<T>* found = task.found + query * task.splits * a.k;
+        Candidate<Computed<S>>* found = task.found + query * task.splits * a.k;
         warp_sort(found, task.splits * a.k, [](const auto& x, const auto& y) { return ranks_before(x, y); });
         for (int64_t place = threadIdx.x % kWarp; place < a.k; place += kWarp) put(a, query, place, found[place]);
     }
@@ -66,8 +67,9 @@ __global__ void __launch_bounds__(kThreads) merge_splits(Task<T> task) {
 
 /// Rows divided by their norms; a zero row stays zero. One warp per row. The greatest element goes first, so that neither its
 /// square nor the sum of squares leaves the range.
-template <class T>
-__global__ void __launch_bounds__(kThreads) normalise_rows(const T* x, int64_t rows, int64_t d, T* out) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) normalise_rows(const S* x, int64_t rows, int64_t d, Computed<S>* out) {
+    using T = Computed<S>;
     const int lane = threadIdx.x % kWarp;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
@@ -82,58 +84,74 @@ __global__ void __launch_bounds__(kThreads) normalise_rows(const T* x, int64_t r
     }
 }
 
-template <class T>
-const T* prepare(const T* x, int64_t rows, const Search<T>& a, const Context& context) {
-    if (a.metric != Metric::cosine) return x;
-    T* out = context.scratch<T>(rows * a.d);
-    launch("normalise_rows", normalise_rows<T>, grid_of(ceil_div(rows, kWarps)), dim3(kThreads), 0, context.stream, x, rows,
-           a.d, out);
-    return out;
+template <class S>
+Search<Computed<S>> normalised(const Search<S>& a, const Context& context) {
+    using T = Computed<S>;
+    const auto normalise = [&](const S* rows, int64_t count) {
+        T* out = context.scratch<T>(count * a.d);
+        launch("normalise_rows", normalise_rows<S>, grid_of(ceil_div(count, kWarps)), dim3(kThreads), 0, context.stream, rows,
+               count, a.d, out);
+        return out;
+    };
+    return {
+        a.n,      a.m,     a.k,      a.d,      normalise(a.x, a.n), a.queries == nullptr ? nullptr : normalise(a.queries, a.m),
+        a.metric, a.exact, a.values, a.indices};
 }
 
-template <class T, class Op>
-void search_directly(Task<T>& task, const Context& context) {
+template <class S, class Op>
+void search_directly(Task<S>& task, const Context& context) {
     const int64_t blocks = plan(task, kRows, kCols, context);
-    launch("search_tiles", search_tiles<T, Op>, grid_of(blocks), dim3(kThreads), sizeof(SearchShared<T, Op>), context.stream,
+    launch("search_tiles", search_tiles<S, Op>, grid_of(blocks), dim3(kThreads), sizeof(SearchShared<S, Op>), context.stream,
            task);
 }
 
 /// Whether the halves are worth making.
-template <class T>
-bool wants_filter(const Search<T>& a) {
-    return sizeof(T) == sizeof(float) && a.d >= 16 && a.n >= 128;
+template <class S>
+bool wants_filter(const Search<S>& a) {
+    return a.d >= 16 && a.n >= 128;
 }
 
-template <class T>
-void run(Task<T>& task, const Context& context) {
-    if constexpr (sizeof(T) == sizeof(float)) {
+template <class S>
+void fill_lists(Task<S>& task, const Context& context) {
+    if constexpr (std::is_same_v<Computed<S>, float>) {
         if (wants_filter(task.a)) return search_filtered(task, context);
     }
     if (task.a.metric == Metric::euclidean)
-        search_directly<T, SquaredDifference>(task, context);
+        search_directly<S, SquaredDifference>(task, context);
     else
-        search_directly<T, Product>(task, context);
+        search_directly<S, Product>(task, context);
 }
 
-template <class T>
-constexpr Kernels<T> kTable{search<T>, graph<T>};
+/// The search among rows as prepared.
+template <class S>
+void run(const Search<S>& a, const Context& context) {
+    Task<S> task{a, a.queries == nullptr ? a.x : a.queries, 0, 0, 0, nullptr, nullptr};
+    fill_lists(task, context);
+    if (task.splits > 1)
+        launch("merge_splits", merge_splits<S>, grid_of(ceil_div(a.m, kWarps)), dim3(kThreads), 0, context.stream, task);
+}
+
+template <class S>
+constexpr Kernels<S> kTable{search<S>, graph<Computed<S>>};
 
 }  // namespace
 
-template <class T>
-void search(const Search<T>& a, const Context& context) {
+template <class S>
+void search(const Search<S>& a, const Context& context) {
     if (a.n >= INT32_MAX) throw std::invalid_argument("knn: x holds 2^31 rows or more");
     if (a.m == 0 || a.k == 0) return;
-    Task<T> task{a, prepare(a.x, a.n, a, context), nullptr, 0, 0, 0, nullptr, nullptr};
-    task.queries = a.queries == nullptr ? task.x : prepare(a.queries, a.m, a, context);
-    run(task, context);
-    if (task.splits > 1)
-        launch("merge_splits", merge_splits<T>, grid_of(ceil_div(a.m, kWarps)), dim3(kThreads), 0, context.stream, task);
+    if (a.metric == Metric::cosine)
+        run(normalised(a, context), context);
+    else
+        run(a, context);
 }
 
 template void search(const Search<float>&, const Context&);
 template void search(const Search<double>&, const Context&);
+template void search(const Search<Float16>&, const Context&);
+template void search(const Search<Bfloat16>&, const Context&);
 
 FASTCLUST_DEFINE_KERNELS
+FASTCLUST_DEFINE_KERNELS_OF_HALVES
 
 }  // namespace fastclust::knn::cuda

@@ -1,4 +1,5 @@
-// What the CUDA sources of this room share: the lists that candidates are kept in.
+// What the CUDA sources of this room share: the lists that candidates are kept in. S is what rows are stored as once they are
+// prepared, T what is computed in.
 #pragma once
 
 #include <cmath>
@@ -21,27 +22,28 @@ __device__ bool ranks_before(const Candidate<T>& a, const Candidate<T>& b) {
     return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-template <class T>
+template <class S>
 struct Task {
-    Search<T> a;
-    const T* x;                 // (N, D) as prepared
-    const T* queries;           // (M, D) as prepared
+    using T = Computed<S>;
+    Search<S> a;                // of rows as prepared
+    const S* queries;           // (M, D): a.queries, or a.x where its rows look for each other
     int64_t splits, per_split;  // of the tiles of x
     int64_t capacity;           // candidates a list holds
     Candidate<T>* lists;        // (gridDim.x, rows of a tile, capacity)
     Candidate<T>* found;        // (M, splits, k) where there are several splits
 };
 
-template <class T>
-__device__ void put(const Search<T>& a, int64_t query, int64_t place, const Candidate<T>& candidate) {
-    const T score = candidate.score;
+template <class S>
+__device__ void put(const Search<S>& a, int64_t query, int64_t place, const Candidate<Computed<S>>& candidate) {
+    const auto score = candidate.score;
     a.values[query * a.k + place] = a.metric == Metric::euclidean ? sqrt(-2 * score) : score;
     a.indices[query * a.k + place] = candidate.index;
 }
 
 /// The lists of a block's queries: up to k candidates in order, then others in any.
-template <class T, int kRows, int kCols>
+template <class S, int kRows, int kCols>
 struct Lists {
+    using T = Computed<S>;
     static constexpr int kWarps = 256 / fastclust::cuda::kWarp;
 
     struct Shared {
@@ -49,7 +51,7 @@ struct Lists {
         int count[kRows];
     };
 
-    const Task<T>& task;
+    const Task<S>& task;
     Candidate<T>* own;  // this block's
     Shared& shared;
 
@@ -91,7 +93,7 @@ struct Lists {
     /// Hands the k best of queries [start, start + kRows) on. A split may hold fewer than k rows: it leaves candidates that
     /// rank behind all others.
     __device__ void hand_over(int64_t start, int64_t split) const {
-        const Search<T>& a = task.a;
+        const Search<S>& a = task.a;
         for (int64_t e = threadIdx.x; e < kRows * a.k; e += blockDim.x) {
             const int64_t row = e / a.k, place = e % a.k, query = start + row;
             if (query >= a.m) continue;
@@ -106,15 +108,17 @@ struct Lists {
     }
 };
 
-/// The tensor cores' way for float: what may rank among a list's k by its score in half precision, as wrong as that may be, is
-/// scored again in float. Fills in task.splits and what follows, and runs the search but for the merging of splits.
-void search_filtered(Task<float>& task, const Context& context);
+/// The tensor cores' way where float is computed in: what may rank among a list's k by its score in half precision, as wrong as
+/// that may be, is scored again in float. Fills in task.splits and what follows, and runs the search but for the merging of
+/// splits.
+template <class S>
+void search_filtered(Task<S>& task, const Context& context);
 
 /// Sizes the splits of the search for tiles of kRows queries and kCols rows, and allocates its lists; returns the blocks.
-template <class T>
-int64_t plan(Task<T>& task, int64_t tile_rows, int64_t tile_cols, const Context& context) {
+template <class S>
+int64_t plan(Task<S>& task, int64_t tile_rows, int64_t tile_cols, const Context& context) {
     constexpr int64_t kBlocksPerProcessor = 2;
-    const Search<T>& a = task.a;
+    const Search<S>& a = task.a;
     const int64_t wanted = kBlocksPerProcessor * fastclust::cuda::processors(),
                   tiles = fastclust::cuda::ceil_div(a.n, tile_cols);
     const int64_t queries = fastclust::cuda::ceil_div(a.m, tile_rows), most = wanted / queries;
@@ -122,13 +126,13 @@ int64_t plan(Task<T>& task, int64_t tile_rows, int64_t tile_cols, const Context&
     task.splits = fastclust::cuda::ceil_div(tiles, task.per_split);
     task.capacity = 2 * a.k + 2 * tile_cols;
     const int64_t blocks = wanted < queries * task.splits ? wanted : queries * task.splits;
-    task.lists = context.scratch<Candidate<T>>(blocks * tile_rows * task.capacity);
-    if (task.splits > 1) task.found = context.scratch<Candidate<T>>(a.m * task.splits * a.k);
+    task.lists = context.scratch<Candidate<Computed<S>>>(blocks * tile_rows * task.capacity);
+    if (task.splits > 1) task.found = context.scratch<Candidate<Computed<S>>>(a.m * task.splits * a.k);
     return blocks;
 }
 
-template <class T>
-void search(const Search<T>& a, const Context& context);
+template <class S>
+void search(const Search<S>& a, const Context& context);
 
 template <class T>
 void graph(const Graph<T>& a, const Context& context);

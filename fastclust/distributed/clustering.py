@@ -65,7 +65,7 @@ def kmeans(
     """
     everyone = Group("kmeans", group, timeout)
     with everyone.arguments():
-        x = ops.float_tensor("kmeans", "x", x)
+        x = ops.stored_tensor("kmeans", "x", x)  # read in blocks, each widened by itself
         rows = ArrayRows("kmeans", x, block_rows)
         weight = checked_weight(sample_weight, rows)
         sample = max(1 << 16, 32 * n_clusters) if init_size is None else init_size

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/finite.h"
+#include "common/half_cuda.h"
 #include "diffusion/diffusion.h"
 #include "kmeans/kmeans.h"
 #include "knn/knn.h"
@@ -18,7 +19,10 @@
 
 namespace {
 
+using fastclust::Bfloat16;
+using fastclust::Computed;
 using fastclust::Context;
+using fastclust::Float16;
 using Bytes = std::vector<unsigned char>;
 
 constexpr int kOrders = 3;  // ascending, descending, shuffled
@@ -38,6 +42,15 @@ struct Call {
         std::memcpy(memory, arrays[i].data(), arrays[i].size());
         return static_cast<T*>(memory);
     }
+    /// Rows as they are stored; halves lie an element into their memory, as those of a view may.
+    template <class S>
+    const S* rows(size_t i) const {
+        if (arrays.at(i).empty()) return nullptr;
+        constexpr size_t kOffset = fastclust::kIsHalf<S> ? 1 : 0;
+        S* memory = static_cast<S*>(simt::allocate(arrays[i].size() + kOffset * sizeof(S))) + kOffset;
+        std::memcpy(memory, arrays[i].data(), arrays[i].size());
+        return memory;
+    }
     template <class T>
     T* out(int64_t count) {
         outputs.emplace_back(simt::allocate(static_cast<size_t>(count) * sizeof(T)), static_cast<size_t>(count) * sizeof(T));
@@ -50,40 +63,43 @@ struct Call {
     }
 };
 
-template <class T>
+template <class S>
 void finite_scan(Call& c) {
-    const auto bad = fastclust::finite::cuda::kernels<T>().scan(c.in<T>(0), c.ints[0], c.ints[1], c.context());
+    const auto bad = fastclust::finite::cuda::kernels<S>().scan(c.rows<S>(0), c.ints[0], c.ints[1], c.context());
     auto* out = c.out<int64_t>(2);
     out[0] = bad.count;
     out[1] = bad.first;
 }
 
-template <class T>
+template <class S>
 void kmeans_assign(Call& c) {
+    using T = Computed<S>;
     const int64_t b = c.ints[0], n = c.ints[1], k = c.ints[2], d = c.ints[3];
-    fastclust::kmeans::cuda::kernels<T>().assign(
-        {b, n, k, d, c.in<T>(0), c.in<T>(1), c.ints[4] != 0, c.out<int64_t>(b * n), c.out<T>(b * n)}, c.context());
+    fastclust::kmeans::cuda::kernels<S>().assign(
+        {b, n, k, d, c.rows<S>(0), c.in<T>(1), c.ints[4] != 0, c.out<int64_t>(b * n), c.out<T>(b * n)}, c.context());
 }
 
-template <class T>
+template <class S>
 void kmeans_lloyd(Call& c) {
-    fastclust::kmeans::Lloyd<T> a{};
+    using T = Computed<S>;
+    fastclust::kmeans::Lloyd<S> a{};
     a.batch = c.ints[0], a.restarts = c.ints[1], a.n = c.ints[2], a.k = c.ints[3], a.d = c.ints[4];
     a.max_iter = c.ints[5], a.spherical = c.ints[6] != 0, a.exact = c.ints[7] != 0, a.tol = c.reals[0];
-    a.x = c.in<T>(0), a.init = c.in<T>(1), a.sample_weight = c.in<T>(2), a.fixed_labels = c.in<int64_t>(3);
+    a.x = c.rows<S>(0), a.init = c.in<T>(1), a.sample_weight = c.in<T>(2), a.fixed_labels = c.in<int64_t>(3);
     const int64_t groups = a.batch * a.restarts;
     a.centroids = c.out<T>(groups * a.k * a.d), a.labels = c.out<int64_t>(groups * a.n);
     a.inertia = c.out<T>(groups), a.n_iter = c.out<int64_t>(groups);
-    fastclust::kmeans::cuda::kernels<T>().lloyd(a, c.context());
+    fastclust::kmeans::cuda::kernels<S>().lloyd(a, c.context());
 }
 
-template <class T>
+template <class S>
 void kmeans_plus_plus(Call& c) {
-    fastclust::kmeans::PlusPlus<T> a{};
+    using T = Computed<S>;
+    fastclust::kmeans::PlusPlus<S> a{};
     a.batch = c.ints[0], a.restarts = c.ints[1], a.n = c.ints[2], a.k = c.ints[3], a.d = c.ints[4], a.candidates = c.ints[5];
-    a.x = c.in<T>(0), a.sample_weight = c.in<T>(1), a.uniforms = c.in<T>(2);
+    a.x = c.rows<S>(0), a.sample_weight = c.in<T>(1), a.uniforms = c.in<T>(2);
     a.rows = c.out<int64_t>(a.batch * a.restarts * a.k);
-    fastclust::kmeans::cuda::kernels<T>().plus_plus(a, c.context());
+    fastclust::kmeans::cuda::kernels<S>().plus_plus(a, c.context());
 }
 
 template <class T>
@@ -145,14 +161,14 @@ void inspect_graph(Call& c) {
     out[1] = found.row;
 }
 
-template <class T>
+template <class S>
 void knn(Call& c) {
-    fastclust::knn::Search<T> a{};
+    fastclust::knn::Search<S> a{};
     a.n = c.ints[0], a.m = c.ints[1], a.k = c.ints[2], a.d = c.ints[3];
     a.metric = static_cast<fastclust::knn::Metric>(c.ints[4]), a.exact = c.ints[5] != 0;
-    a.x = c.in<T>(0), a.queries = c.in<T>(1);
-    a.values = c.out<T>(a.m * a.k), a.indices = c.out<int64_t>(a.m * a.k);
-    fastclust::knn::cuda::kernels<T>().search(a, c.context());
+    a.x = c.rows<S>(0), a.queries = c.rows<S>(1);
+    a.values = c.out<Computed<S>>(a.m * a.k), a.indices = c.out<int64_t>(a.m * a.k);
+    fastclust::knn::cuda::kernels<S>().search(a, c.context());
 }
 
 template <class T>
@@ -181,19 +197,24 @@ void planted(Call& c) {
         #name ".float64", name<double> \
     }
 
+#define FOR_ALL_STORAGES(name)                                  \
+    FOR_BOTH_FLOATS(name), {#name ".float16", name<Float16>}, { \
+        #name ".bfloat16", name<Bfloat16>                       \
+    }
+
 const std::map<std::string, void (*)(Call&)> kCalls = {
     {"planted", planted},
-    FOR_BOTH_FLOATS(finite_scan),
-    FOR_BOTH_FLOATS(kmeans_assign),
-    FOR_BOTH_FLOATS(kmeans_lloyd),
-    FOR_BOTH_FLOATS(kmeans_plus_plus),
+    FOR_ALL_STORAGES(finite_scan),
+    FOR_ALL_STORAGES(kmeans_assign),
+    FOR_ALL_STORAGES(kmeans_lloyd),
+    FOR_ALL_STORAGES(kmeans_plus_plus),
     FOR_BOTH_FLOATS(soft_assign),
     FOR_BOTH_FLOATS(soft_assign_backward),
     FOR_BOTH_FLOATS(pairwise_kl),
     {"pairwise_kl_products.float32", pairwise_kl_products},
     FOR_BOTH_FLOATS(diffuse),
     FOR_BOTH_FLOATS(inspect_graph),
-    FOR_BOTH_FLOATS(knn),
+    FOR_ALL_STORAGES(knn),
     FOR_BOTH_FLOATS(knn_graph),
 };
 
