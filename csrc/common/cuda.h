@@ -39,15 +39,17 @@ inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
 }
 
 /// On the shim few, so that small problems already make blocks walk on.
+inline int64_t most_blocks() {
 #ifdef FASTCLUST_SIMT_SHIM
-constexpr int64_t kMostBlocks = 5;
+    return simt::most_blocks();
 #else
-constexpr int64_t kMostBlocks = int64_t{1} << 20;
+    return int64_t{1} << 20;
 #endif
+}
 
-/// A grid of at most kMostBlocks: kernels walk over the rest of their `blocks` pieces of work with stride gridDim.x.
+/// A grid of at most most_blocks(): kernels walk over the rest of their `blocks` pieces of work with stride gridDim.x.
 inline dim3 grid_of(int64_t blocks) {
-    return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
+    return dim3(static_cast<unsigned>(blocks < most_blocks() ? blocks : most_blocks()));
 }
 
 /// Of the current device.

@@ -56,9 +56,8 @@ inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
 }
-/// A small machine, so that small problems already need several waves of blocks.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 99 * 1024;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors() : 99 * 1024;
     return cudaSuccess;
 }
 template <class Kernel>

@@ -35,6 +35,10 @@ namespace simt {
 namespace {
 
 constexpr size_t kWarp = 32, kStackBytes = 128 * 1024, kMaxThreads = 1024;
+constexpr size_t kSparseBytes = 1 << 20;  // from here on memory is sparse where that is asked for
+constexpr size_t kSparseBlocks = 2;       // that run at either end of a grid of more than kSmallGrid
+constexpr size_t kSmallGrid = 32;
+constexpr size_t kPage = 4096;
 constexpr size_t kCellBytes = 2;  // the finest grain at which two threads may own neighbouring elements
 
 /// Who touched a cell, and what that thread had passed by then.
@@ -57,6 +61,11 @@ struct Allocation {
     unsigned char* begin;
     size_t bytes;
     std::vector<Cell> cells;
+};
+
+struct Mapping {
+    void* begin;
+    size_t bytes;
 };
 
 enum class State { kRunnable, kBarrier, kWarp, kDone };
@@ -83,6 +92,7 @@ struct Warp {
 
 const char* kernel_name = "";
 int order_setting = 0;
+bool sparse_setting = false;
 uint32_t launch_number = 0, block_number = 0;
 Fiber fibers[kMaxThreads];
 Warp warps[kMaxThreads / kWarp];
@@ -93,6 +103,7 @@ void* shared_memory = nullptr;
 const std::function<void()>* thread_body = nullptr;
 std::vector<std::unique_ptr<Allocation>> allocations;  // ascending addresses
 size_t allocations_version = 1;                        // grows with each change of the list
+std::vector<Mapping> mappings;                         // sparse memory
 
 size_t index_of(const Fiber& fiber) {
     return static_cast<size_t>(&fiber - fibers);
@@ -238,6 +249,17 @@ void run_block(size_t threads, const std::vector<size_t>& sequence) {
     }
 }
 
+/// Zeros that end, but for alignment, where a page begins that may not be touched; another lies before them.
+void* map_sparsely(size_t bytes) {
+    const size_t aligned = (bytes + 127) / 128 * 128, whole = (aligned + kPage - 1) / kPage * kPage;
+    void* memory = mmap(nullptr, whole + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) fail("no room for %zu sparse bytes", bytes);
+    auto* begin = static_cast<unsigned char*>(memory) + kPage;
+    mprotect(begin, whole, PROT_READ | PROT_WRITE);
+    mappings.push_back({memory, whole + 2 * kPage});
+    return begin + whole - aligned;
+}
+
 std::vector<size_t> arrange(size_t count) {
     std::vector<size_t> sequence(count);
     std::iota(sequence.begin(), sequence.end(), size_t{0});
@@ -272,6 +294,7 @@ void run(const char* kernel, Extent grid, Extent block, size_t shared_bytes, con
     thread_body = &thread;
     const std::vector<size_t> sequence = arrange(threads);
     for (const size_t b : arrange(blocks)) {
+        if (sparse_setting && blocks > kSmallGrid && b >= kSparseBlocks && b + kSparseBlocks < blocks) continue;
         block_number = static_cast<uint32_t>(b);
         blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                     static_cast<unsigned>(b / grid.x / grid.y)};
@@ -291,14 +314,28 @@ void set_order(int order) {
     order_setting = order;
 }
 
+void set_sparse(bool sparse) {
+    sparse_setting = sparse;
+}
+
+int64_t most_blocks() {
+    return sparse_setting ? int64_t{1} << 20 : 5;
+}
+
+/// A small machine, so that small problems already need several waves of blocks; or one that needs no second wave.
+int processors() {
+    return sparse_setting ? 1 << 20 : 1;
+}
+
 void* allocate(size_t bytes) {
+    if (sparse_setting && bytes >= kSparseBytes) return map_sparsely(bytes);
     auto allocation = std::make_unique<Allocation>();
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, bytes) != 0) fail("out of memory");
     allocation->begin = static_cast<unsigned char*>(memory);
     allocation->bytes = bytes;
     allocation->cells.resize(bytes / kCellBytes + 1);
-    std::memset(allocation->begin, 0xFF, bytes);
+    std::memset(allocation->begin, sparse_setting ? 0 : 0xFF, bytes);
     void* begin = allocation->begin;
     auto after = std::upper_bound(allocations.begin(), allocations.end(), begin,
                                   [](const void* q, const auto& a) { return q < a->begin; });
@@ -310,6 +347,8 @@ void* allocate(size_t bytes) {
 void release_all() {
     for (const auto& a : allocations) std::free(a->begin);
     allocations.clear();
+    for (const Mapping& m : mappings) munmap(m.begin, m.bytes);
+    mappings.clear();
     ++allocations_version;
 }
 

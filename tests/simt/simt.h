@@ -25,6 +25,13 @@ void run(const char* kernel, Extent grid, Extent block, size_t shared_bytes, con
 /// 0: threads and blocks in ascending order; others: fixed adversarial orders. Results may not depend on it.
 void set_order(int order);
 
+/// For tensors that are too large to be gone through: of a large grid only the first and the last blocks run, grids are as
+/// large as on a GPU, and memory begins as zeros, which take room only where they are written, if large between pages that may
+/// not be touched.
+void set_sparse(bool sparse);
+int64_t most_blocks();
+int processors();
+
 void* allocate(size_t bytes);  // device memory: exact size, filled with 0xFF (NaN), checked
 void release_all();
 

@@ -35,6 +35,12 @@ struct Call {
 
     std::vector<std::pair<void*, size_t>> outputs;
 
+    /// With "far" the rows of x that are given are the last of so many that they would not fit into memory, the others are
+    /// zeros, and of outputs that long the last bytes alone are sent.
+    bool far() const { return name.starts_with("far_"); }
+    std::string op() const { return far() ? name.substr(4) : name; }
+    static constexpr size_t kFarBytes = size_t{1} << 16;
+
     template <class T>
     T* in(size_t i) const {
         if (arrays.at(i).empty()) return nullptr;
@@ -44,8 +50,14 @@ struct Call {
     }
     /// Rows as they are stored; halves lie an element into their memory, as those of a view may.
     template <class S>
-    const S* rows(size_t i) const {
+    const S* rows(size_t i, int64_t values = 0) const {
         if (arrays.at(i).empty()) return nullptr;
+        if (far() && values > 0) {
+            const size_t bytes = static_cast<size_t>(values) * sizeof(S);
+            auto* memory = static_cast<unsigned char*>(simt::allocate(bytes));
+            std::memcpy(memory + bytes - arrays[i].size(), arrays[i].data(), arrays[i].size());
+            return reinterpret_cast<const S*>(memory);
+        }
         constexpr size_t kOffset = fastclust::kIsHalf<S> ? 1 : 0;
         S* memory = static_cast<S*>(simt::allocate(arrays[i].size() + kOffset * sizeof(S))) + kOffset;
         std::memcpy(memory, arrays[i].data(), arrays[i].size());
@@ -65,7 +77,8 @@ struct Call {
 
 template <class S>
 void finite_scan(Call& c) {
-    const auto bad = fastclust::finite::cuda::kernels<S>().scan(c.rows<S>(0), c.ints[0], c.ints[1], c.context());
+    const auto bad =
+        fastclust::finite::cuda::kernels<S>().scan(c.rows<S>(0, c.ints[0] * c.ints[1]), c.ints[0], c.ints[1], c.context());
     auto* out = c.out<int64_t>(2);
     out[0] = bad.count;
     out[1] = bad.first;
@@ -76,7 +89,7 @@ void kmeans_assign(Call& c) {
     using T = Computed<S>;
     const int64_t b = c.ints[0], n = c.ints[1], k = c.ints[2], d = c.ints[3];
     fastclust::kmeans::cuda::kernels<S>().assign(
-        {b, n, k, d, c.rows<S>(0), c.in<T>(1), c.ints[4] != 0, c.out<int64_t>(b * n), c.out<T>(b * n)}, c.context());
+        {b, n, k, d, c.rows<S>(0, b * n * d), c.in<T>(1), c.ints[4] != 0, c.out<int64_t>(b * n), c.out<T>(b * n)}, c.context());
 }
 
 template <class S>
@@ -85,7 +98,8 @@ void kmeans_lloyd(Call& c) {
     fastclust::kmeans::Lloyd<S> a{};
     a.batch = c.ints[0], a.restarts = c.ints[1], a.n = c.ints[2], a.k = c.ints[3], a.d = c.ints[4];
     a.max_iter = c.ints[5], a.spherical = c.ints[6] != 0, a.exact = c.ints[7] != 0, a.tol = c.reals[0];
-    a.x = c.rows<S>(0), a.init = c.in<T>(1), a.sample_weight = c.in<T>(2), a.fixed_labels = c.in<int64_t>(3);
+    a.x = c.rows<S>(0, a.batch * a.n * a.d), a.init = c.in<T>(1), a.sample_weight = c.in<T>(2),
+    a.fixed_labels = c.in<int64_t>(3);
     const int64_t groups = a.batch * a.restarts;
     a.centroids = c.out<T>(groups * a.k * a.d), a.labels = c.out<int64_t>(groups * a.n);
     a.inertia = c.out<T>(groups), a.n_iter = c.out<int64_t>(groups);
@@ -97,7 +111,7 @@ void kmeans_plus_plus(Call& c) {
     using T = Computed<S>;
     fastclust::kmeans::PlusPlus<S> a{};
     a.batch = c.ints[0], a.restarts = c.ints[1], a.n = c.ints[2], a.k = c.ints[3], a.d = c.ints[4], a.candidates = c.ints[5];
-    a.x = c.rows<S>(0), a.sample_weight = c.in<T>(1), a.uniforms = c.in<T>(2);
+    a.x = c.rows<S>(0, a.batch * a.n * a.d), a.sample_weight = c.in<T>(1), a.uniforms = c.in<T>(2);
     a.rows = c.out<int64_t>(a.batch * a.restarts * a.k);
     fastclust::kmeans::cuda::kernels<S>().plus_plus(a, c.context());
 }
@@ -166,7 +180,7 @@ void knn(Call& c) {
     fastclust::knn::Search<S> a{};
     a.n = c.ints[0], a.m = c.ints[1], a.k = c.ints[2], a.d = c.ints[3];
     a.metric = static_cast<fastclust::knn::Metric>(c.ints[4]), a.exact = c.ints[5] != 0;
-    a.x = c.rows<S>(0), a.queries = c.rows<S>(1);
+    a.x = c.rows<S>(0, a.n * a.d), a.queries = c.rows<S>(1);
     a.values = c.out<Computed<S>>(a.m * a.k), a.indices = c.out<int64_t>(a.m * a.k);
     fastclust::knn::cuda::kernels<S>().search(a, c.context());
 }
@@ -247,14 +261,15 @@ bool read_call(Call& call) {
 /// The outputs, those of every order being the same.
 std::vector<Bytes> serve(Call& call) {
     std::vector<Bytes> results;
-    for (int order = 0; order < kOrders; ++order) {
+    for (int order = 0; order < (call.far() ? 1 : kOrders); ++order) {
         simt::set_order(order);
+        simt::set_sparse(call.far());
         call.outputs.clear();
-        kCalls.at(call.name)(call);
+        kCalls.at(call.op())(call);
         std::vector<Bytes> now;
         for (const auto& [memory, bytes] : call.outputs) {
             const auto* begin = static_cast<const unsigned char*>(memory);
-            now.emplace_back(begin, begin + bytes);
+            now.emplace_back(call.far() && bytes > Call::kFarBytes ? begin + bytes - Call::kFarBytes : begin, begin + bytes);
         }
         simt::release_all();
         if (order > 0 && now != results)
