@@ -41,7 +41,7 @@ stage check 60 "$python" benches/gpu_figures.py --small || failed=1 # each kerne
 page=$("$python" benches/gpu_figures.py --page)
 : > "$log/before"
 stage benches 200 "$python" benches/gpu_figures.py || failed=1
-if [ -f "$page" ] && [ "$page" -nt "$log/before" ]; then
+if [ -f "$page" ] && [ ! "$page" -ot "$log/before" ]; then
     printf '\n## Checks\n\n' >> "$page"
 else
     page=
