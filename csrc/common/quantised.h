@@ -89,19 +89,28 @@ struct Quantised {
     float residual;  // |v - v~|
 };
 
+typedef float Sums __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+
+/// op over the 16 lanes of a vector, halves on halves.
+template <class Vector, class Op>
+inline auto fold(const Vector& lanes, const Op& op) {
+    const auto eight = op(__builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7),
+                          __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15));
+    const auto four = op(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+    const auto two = op(__builtin_shufflevector(four, four, 0, 1), __builtin_shufflevector(four, four, 2, 3));
+    return op(__builtin_shufflevector(two, two, 0, 0), __builtin_shufflevector(two, two, 1, 1))[0];
+}
 
 /// The largest |v_j|; v is padded with zeros to whole sixteens.
 inline float largest_magnitude(const float* v, int64_t depth) {
-    Floats largest = {};
+    Sums largest = {};
     for (int64_t j = 0; j < depth; j += 16) {
         const Floats value = *reinterpret_cast<const Floats*>(v + j);
         const Floats size = value < 0 ? -value : value;
         largest = size > largest ? size : largest;
     }
-    float top = 0;
-    for (int lane = 0; lane < 16; ++lane) top = largest[lane] > top ? largest[lane] : top;
-    return top;
+    return fold(largest, [](const auto& a, const auto& b) { return a > b ? a : b; });
 }
 
 /// The least scale that clips nothing up to `top`.
@@ -116,7 +125,7 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     constexpr float kRound = 12582912;  // 1.5 * 2^23: adding it leaves no fraction
     const float inverse = 1 / scale;
-    Floats residuals = {};
+    Sums residuals = {};
     Ints squares = {}, totals = {};
     for (int64_t j = 0; j < depth; j += 16) {
         const Floats value = *reinterpret_cast<const Floats*>(v + j);
@@ -131,13 +140,9 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
             __builtin_memcpy(q + step * stride, reinterpret_cast<const uint8_t*>(&bytes) + 4 * part, 4);
     }
     for (int64_t step = (depth + 15) / 16 * 4; step < steps(depth); ++step) __builtin_memset(q + step * stride, 0, 4);
-    float residual = 0, square = 0;
-    *sum = 0;
-    for (int lane = 0; lane < 16; ++lane) {
-        residual += residuals[lane];
-        square += static_cast<float>(squares[lane]);
-        *sum += totals[lane];
-    }
+    constexpr auto kAdd = [](const auto& a, const auto& b) { return a + b; };
+    const float residual = fold(residuals, kAdd), square = static_cast<float>(fold(squares, kAdd));
+    *sum = fold(totals, kAdd);
     constexpr float kUp = 1.0001f;  // covers the rounding of these sums
     return {scale, kUp * scale * __builtin_sqrtf(square), kUp * __builtin_sqrtf(residual)};
 }

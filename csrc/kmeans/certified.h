@@ -4,137 +4,19 @@
 // In units of scale_x scale_c, where one scale_c serves all centroids, the score x.c_k - |c_k|^2 / 2 is
 //     t_k = q_x.q_k - h_k / scale_x,   h_k = |c_k|^2 / (2 scale_c),
 // and is off by at most  E = (|x - x~| max |c| + |x~| max |c - c~|) / (scale_x scale_c)  and rounding. E is one number per row,
-// so the three highest t of a row are nearly all there is to keep of it: whatever lies more than E below the exact score of the
-// first is ruled out. Where that leaves more than two, a second look at the products, which are kept, finds them.
+// so the four highest t of a row are nearly all there is to keep of it: whatever lies more than E below the exact score of the
+// first is ruled out. Where that leaves more than three, a second look at the products, which are kept, finds them.
 //
 // Rows are the lanes of a vector and centroids come one by one, so that nothing is ever reduced across lanes. A score's lowest
-// bits hold its centroid's index, which makes keeping the highest three a matter of five minima and maxima.
+// bits hold its centroid's index, which makes keeping the highest four a matter of seven minima and maxima.
 #pragma once
 
-#include <type_traits>
-
-#include "common/quantised.h"
-#include "kmeans/nearest.h"
+#include "kmeans/codes.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 
-namespace quantised = fastclust::quantised::FASTCLUST_CAPABILITY;
-
-template <class T>
-constexpr bool kCertifies = quantised::kAvailable && std::is_same_v<T, float>;
-
-/// Below this depth the float products cost no more than the bounds.
-constexpr int64_t kLeastDepth = 16;
-
-inline int64_t padded_depth(int64_t d) {
-    return (d + 15) / 16 * 16;
-}
-
-/// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
-struct QuantisedRows {
-    int64_t n, d, steps;        // of four features
-    uint8_t* panels;            // quantised.h, signed
-    int32_t* starts;            // (N)
-    quantised::Quantised* how;  // (N)
-    float* centred;             // one padded row per piece
-
-    QuantisedRows(int64_t n_, int64_t d_, int pieces, const Context& context)
-        : n(n_),
-          d(d_),
-          steps(quantised::steps(d_)),
-          panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes())),
-          starts(context.scratch<int32_t>(n_)),
-          how(context.scratch<quantised::Quantised>(n_)),
-          centred(context.scratch<float>(pieces * padded_depth(d_))) {}
-
-    static constexpr int64_t kLanes = quantised::kWidth;
-    int64_t panel_bytes() const { return kLanes * 4 * steps; }
-    uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(); }
-
-    void prepare(int pieces, const float* x, const float* shift) {
-        for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
-            float* v = centred + piece * padded_depth(d);
-            for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
-            for (int64_t row = first * kSpanRows; first < last && row < span_end(last - 1, n); ++row) {
-                for (int64_t j = 0; j < d; ++j) v[j] = x[row * d + j] - shift[j];
-                uint8_t* lane = panel_of(row) + row % kLanes * 4;
-                const float scale = quantised::scale_for(quantised::largest_magnitude(v, d));
-                how[row] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + row);
-                starts[row] *= -128;
-            }
-        });
-    }
-};
-
-/// Centroids ready for 8-bit products, and for float products one by one: all K, or those of `ids`.
-struct QuantisedCentres {
-    static constexpr int kGroup = quantised::group_rows(8);  // centroids of a tile
-
-    int64_t k, d, steps;           // of four features
-    const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
-    const float* shift;
-    float* centred;                           // (K, padded D) c - shift
-    float* squares;                           // (K) |c - shift|^2
-    float* halves;                            // (K) h
-    float* tops;                              // (K) the largest coordinate's magnitude, later |c - c~|
-    uint8_t* groups;                          // quantised.h, unsigned, in groups of kGroup
-    float scale = 1, norm = 0, residual = 0;  // of all: scale, max |c|, max |c - c~|
-
-    QuantisedCentres(int64_t k_, int64_t d_, const float* shift_, const Context& context)
-        : k(k_),
-          d(d_),
-          steps(quantised::steps(d_)),
-          shift(shift_),
-          centred(context.scratch<float>(k_ * padded_depth(d_))),
-          squares(context.scratch<float>(k_)),
-          halves(context.scratch<float>(k_)),
-          tops(context.scratch<float>(k_)),
-          groups(context.scratch<uint8_t>((k_ + kGroup - 1) / kGroup * group_bytes())) {}
-
-    int64_t group_bytes() const { return kGroup * 4 * steps; }
-    uint8_t* group_of(int64_t column) const { return groups + column / kGroup * group_bytes(); }
-    const float* row(int64_t column) const { return centred + column * padded_depth(d); }
-    int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
-
-    void prepare(int pieces, const float* centroids, const int64_t* ids_, int64_t count) {
-        ids = ids_, k = count;
-        prepare(pieces, centroids);
-    }
-
-    void prepare(int pieces, const float* centroids) {
-        for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
-            for (int64_t column = first; column < last; ++column) centre(centroids + id(column) * d, column);
-        });
-        float top = 0, square = 0;
-        for (int64_t column = 0; column < k; ++column) {
-            top = tops[column] > top ? tops[column] : top;
-            square = squares[column] > square ? squares[column] : square;
-        }
-        scale = quantised::scale_for(top);
-        norm = __builtin_sqrtf(square) * 1.000001f;
-        for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
-            for (int64_t column = first; column < last; ++column) {
-                int32_t sum;
-                uint8_t* codes = group_of(column) + column % kGroup * quantised::row_stride(steps) * 4;
-                tops[column] =
-                    quantised::quantise(row(column), d, scale, 128, codes, quantised::step_stride(kGroup) * 4, &sum).residual;
-                halves[column] = squares[column] / (2 * scale);
-            }
-        });
-        residual = 0;
-        for (int64_t column = 0; column < k; ++column) residual = tops[column] > residual ? tops[column] : residual;
-    }
-
-   private:
-    void centre(const float* c, int64_t column) {
-        float* v = centred + column * padded_depth(d);
-        double square = 0;
-        for (int64_t j = 0; j < padded_depth(d); ++j) v[j] = j < d ? c[j] - shift[j] : 0;
-        for (int64_t j = 0; j < d; ++j) square += static_cast<double>(v[j]) * v[j];
-        squares[column] = static_cast<float>(square);
-        tops[column] = quantised::largest_magnitude(v, d);
-    }
-};
+/// Fewer centroids are searched sooner than rivals are kept.
+constexpr int64_t kLeastForRivals = 32;
 
 /// Finds the nearest centroids of one block at a time; one per piece, since it holds the buffers.
 template <class T>
@@ -173,12 +55,26 @@ class CertifiedAssigner<float> {
         return scored;
     }
 
+    /// The nearest among what was the nearest and its rivals, by float scores, where all others are known to be farther.
+    void assign_among_rivals(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
+                             int64_t count, const Nearest<float>& nearest) {
+        for (int64_t first = 0; first < count; first += kBlockRows) {
+            open_count_ = count - first < kBlockRows ? count - first : kBlockRows;
+            for (int64_t i = 0; i < open_count_; ++i) open_[i] = static_cast<int32_t>(i);
+            for (int64_t i = 0; i < open_count_; ++i) {
+                fetch_open(i, centres, x, rows + first);
+                rank_rivals(data.how[rows[first + i]], centres, i, nearest.from(first + i));
+            }
+        }
+    }
+
    private:
     static constexpr int64_t kLanes = quantised::kWidth;
     static constexpr int64_t kStagedLanes = kBlockRows + kLanes;  // the last compressed store reaches beyond the block
     static constexpr int kIndexBits = 10;
     static constexpr int64_t kChunk = 1 << kIndexBits;  // centroids whose indices a score's lowest bits can tell apart
     static constexpr float kNone = -3e38f;
+    static constexpr int kKept = kRivals + 2;  // the nearest, its rivals, and one that stands for all others
     static_assert(kBlockRows == 3 * kLanes);
 
     /// The block's rows side by side: where they stand if nothing lies between them, else each step of a source panel is one
@@ -187,7 +83,7 @@ class CertifiedAssigner<float> {
         for (int64_t i = 0; i < count; ++i) {
             starts_[i] = data.starts[rows[i]];
             inverses_[i] = 1 / data.how[rows[i]].scale;
-            for (int t = 0; t < 3; ++t) best_[t][i] = kNone;
+            for (auto& of_lanes : best_) of_lanes[i] = kNone;
         }
         if (rows[0] % kLanes == 0 && rows[count - 1] - rows[0] == count - 1) {
             codes_ = {data.panel_of(rows[0]), kLanes * 4, data.panel_bytes()};
@@ -221,7 +117,7 @@ class CertifiedAssigner<float> {
             for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(x + rows[i] * centres.d + j);
     }
 
-    /// The three highest scores of each staged row, to best_.
+    /// The highest scores of each staged row, to best_.
     void keep_highest(const QuantisedCentres& centres, int64_t count) {
         for (int64_t first = 0; first < centres.k; first += kChunk) {
             const int64_t last = first + kChunk < centres.k ? first + kChunk : centres.k;
@@ -271,22 +167,22 @@ class CertifiedAssigner<float> {
     void keep_group(const int32_t* products, const float* halves, int32_t index, int64_t size, int64_t lane) {
         const __m512 inverse = _mm512_loadu_ps(inverses_ + lane);
         const __m512i index_bits = _mm512_set1_epi32(kChunk - 1);
-        __m512 highest = _mm512_loadu_ps(highest_[0] + lane), second = _mm512_loadu_ps(highest_[1] + lane),
-               third = _mm512_loadu_ps(highest_[2] + lane);
+        __m512 kept[kKept];
+        for (int t = 0; t < kKept; ++t) kept[t] = _mm512_loadu_ps(highest_[t] + lane);
         for (int64_t i = 0; i < size; ++i) {
             const __m512 score = scores(products + i * kBlockRows, halves[i], inverse);
             const __m512i own = _mm512_set1_epi32(index + static_cast<int32_t>(i));
             constexpr int kSelect = 0xCA;  // of three bits a, b, c: a ? b : c
-            const __m512 tagged =
+            __m512 tagged =
                 _mm512_castsi512_ps(_mm512_ternarylogic_epi32(index_bits, own, _mm512_castps_si512(score), kSelect));
-            const __m512 lower = _mm512_min_ps(tagged, highest);
-            highest = _mm512_max_ps(tagged, highest);
-            third = _mm512_max_ps(third, _mm512_min_ps(lower, second));
-            second = _mm512_max_ps(second, lower);
+#pragma GCC unroll 4
+            for (int t = 0; t < kKept; ++t) {
+                const __m512 lower = _mm512_min_ps(tagged, kept[t]);
+                kept[t] = _mm512_max_ps(tagged, kept[t]);
+                tagged = lower;
+            }
         }
-        _mm512_storeu_ps(highest_[0] + lane, highest);
-        _mm512_storeu_ps(highest_[1] + lane, second);
-        _mm512_storeu_ps(highest_[2] + lane, third);
+        for (int t = 0; t < kKept; ++t) _mm512_storeu_ps(highest_[t] + lane, kept[t]);
     }
 
     /// highest_, of the chunk of centroids from `first` on, joins best_.
@@ -297,7 +193,7 @@ class CertifiedAssigner<float> {
                 int32_t bits;
                 __builtin_memcpy(&bits, &score, 4);
                 auto index = static_cast<int32_t>(first) + (bits & static_cast<int32_t>(kChunk - 1));
-                for (int t = 0; t < 3; ++t) {
+                for (int t = 0; t < kKept; ++t) {
                     const bool higher = score > best_[t][i];
                     const float lower = higher ? best_[t][i] : score;
                     const int32_t lower_index = higher ? index_[t][i] : index;
@@ -330,39 +226,48 @@ class CertifiedAssigner<float> {
     /// From best_; where the bound leaves more than one centroid, from float scores.
     int64_t conclude(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count, bool exact,
                      const Nearest<float>& nearest) {
-        for (int64_t i = 0; i < count; ++i) {
-            nearest.labels[i] = index_[0][i];
-            nearest.scores[i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
-            farther_[i] = beyond(i, best_[1][i]);
+        for (int64_t i = 0; i < count; ++i) ranked_[0][i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
+        for (int t = 0; t <= kRivals; ++t)
+            for (int64_t i = 0; i < count; ++i) labels_[t][i] = index_[t < centres.k ? t : 0][i];
+        for (int t = 1; t <= kRivals; ++t)
+            for (int64_t i = 0; i < count; ++i) ranked_[t][i] = t < centres.k ? beyond(i, best_[t][i]) : __builtin_inff();
+        for (int64_t i = 0; i < count; ++i) farther_[i] = beyond(i, best_[kKept - 1][i]);
+        open_count_ = 0;
+        for (int64_t i = 0; i < count; ++i) leave_open(i, exact && !(best_[1][i] < best_[0][i] - 2 * bounds_[i]));
+        const int64_t scored = settle(centres, x, rows);
+        for (int64_t i = 0; i < count; ++i) nearest.labels[i] = labels_[0][i];
+        for (int64_t i = 0; i < count; ++i) nearest.scores[i] = ranked_[0][i];
+        for (int64_t i = 0; i < count; ++i) ranked_[1][i] = ranked_[2][i] < ranked_[1][i] ? ranked_[2][i] : ranked_[1][i];
+        if (centres.k < kLeastForRivals) {
+            for (int64_t i = 0; i < count; ++i) farther_[i] = ranked_[1][i] < farther_[i] ? ranked_[1][i] : farther_[i];
+        } else {
+            for (int t = 1; t <= kRivals; ++t)
+                for (int64_t i = 0; i < count; ++i) nearest.rivals[t - 1][i] = labels_[t][i];
+            for (int64_t i = 0; i < count; ++i)
+                nearest.leads[i] = distance_gap(ranked_[0][i], ranked_[1][i], squares_[i], centres.d);
         }
-        const int64_t scored = exact ? settle(centres, x, rows, count, nearest) : 0;
-        for (int64_t i = 0; i < count; ++i)
-            nearest.gaps[i] = distance_gap(nearest.scores[i], farther_[i], squares_[i], centres.d);
+        for (int64_t i = 0; i < count; ++i) nearest.gaps[i] = distance_gap(ranked_[0][i], farther_[i], squares_[i], centres.d);
         return scored;
     }
 
-    /// Float scores for the rows whose second score lies within twice the bound of the first, or which have no bound.
-    int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count,
-                   const Nearest<float>& nearest) {
+    /// Float scores for the open rows, whose second score lies within twice the bound of the first, or which have no bound.
+    int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows) {
         int64_t scored = 0;
-        open_count_ = 0;
-        for (int64_t i = 0; i < count; ++i) leave_open(i, !(best_[1][i] < best_[0][i] - 2 * bounds_[i]));
         for (int64_t o = 0; o < open_count_; ++o, ++scored) {
             const int64_t i = fetch_open(o, centres, x, rows);
-            const int64_t other = index_[1][i];
-            const float value = score(centres, i, index_[0][i]), least = value / (-2 * units_[i]) - bounds_[i];
-            nearest.scores[i] = value;
-            if (best_[1][i] < least) continue;
-            if (best_[2][i] < least) {
-                farther_[i] = beyond(i, best_[2][i]);
-                join(score(centres, i, other), other, i, nearest);
-                ++scored;
+            ranked_[0][i] = score(centres, i, labels_[0][i]);
+            const float least = ranked_[0][i] / (-2 * units_[i]) - bounds_[i];
+            if (best_[kKept - 1][i] < least) {
+                for (int t = 1; t < kKept && !(best_[t][i] < least); ++t, ++scored) {
+                    ranked_[t][i] = score(centres, i, labels_[t][i]);
+                    if (comes_first(i, t, 0)) exchange(i, t, 0);
+                }
             } else {
                 look_again(i, least);
-                nearest.scores[i] = __builtin_inff();
+                for (auto& of_lanes : ranked_) of_lanes[i] = __builtin_inff();
             }
         }
-        return scored + score_possible(centres, nearest);
+        return scored + score_possible(centres);
     }
 
     /// The nearest so far against centroids that have moved.
@@ -371,21 +276,50 @@ class CertifiedAssigner<float> {
         int64_t scored = 0;
         open_count_ = 0;
         for (int64_t i = 0; i < count; ++i) {
+            for (int t = 0; t <= kRivals; ++t) {
+                ranked_[t][i] = t == 0 ? nearest.scores[i] : __builtin_inff();
+                labels_[t][i] = static_cast<int32_t>(nearest.labels[i]);
+            }
             farther_[i] = beyond(i, best_[0][i]);
             leave_open(i, !(best_[0][i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]));
         }
         for (int64_t o = 0; o < open_count_; ++o, ++scored) {
             const int64_t i = fetch_open(o, centres, x, rows);
-            nearest.scores[i] = score(all, i, nearest.labels[i]);
-            const float least = nearest.scores[i] / (-2 * units_[i]) - bounds_[i];
+            ranked_[0][i] = score(all, i, labels_[0][i]);
+            const float least = ranked_[0][i] / (-2 * units_[i]) - bounds_[i];
             if (!(best_[0][i] < least)) look_again(i, least);
         }
-        scored += score_possible(centres, nearest);
+        scored += score_possible(centres);
         for (int64_t i = 0; i < count; ++i) {
-            const float gap = distance_gap(nearest.scores[i], farther_[i], squares_[i], centres.d);
+            for (int t = 1; t <= kRivals; ++t) farther_[i] = ranked_[t][i] < farther_[i] ? ranked_[t][i] : farther_[i];
+            const float gap = distance_gap(ranked_[0][i], farther_[i], squares_[i], centres.d);
+            nearest.labels[i] = labels_[0][i];
+            nearest.scores[i] = ranked_[0][i];
             nearest.gaps[i] = gap < nearest.gaps[i] ? gap : nearest.gaps[i];
+            nearest.without_rivals(i);
         }
         return scored;
+    }
+
+    void rank_rivals(const quantised::Quantised& how, const QuantisedCentres& centres, int64_t i,
+                     const Nearest<float>& nearest) {
+        const auto before = static_cast<int32_t>(*nearest.labels);
+        for (int t = 0; t <= kRivals; ++t) {
+            labels_[t][i] = t == 0 ? before : *nearest.rivals[t - 1];
+            ranked_[t][i] = t > 0 && labels_[t][i] == before ? __builtin_inff() : score(centres, i, labels_[t][i]);
+        }
+        const float score_before = ranked_[0][i], length = how.norm + how.residual, square = length * length;
+        for (int t = 1; t <= kRivals; ++t)
+            if (comes_first(i, t, 0)) exchange(i, t, 0);
+        float rival = ranked_[1][i];
+        for (int t = 1; t <= kRivals; ++t) {
+            *nearest.rivals[t - 1] = labels_[t][i];
+            rival = ranked_[t][i] < rival ? ranked_[t][i] : rival;
+        }
+        *nearest.labels = labels_[0][i];
+        *nearest.scores = ranked_[0][i];
+        *nearest.leads = distance_gap(ranked_[0][i], rival, square, centres.d);
+        if (labels_[0][i] != before) *nearest.gaps += distance_gap(ranked_[0][i], score_before, square, centres.d);
     }
 
     /// Has score_possible score what reaches `least`; nothing else is nearer than that.
@@ -395,7 +329,7 @@ class CertifiedAssigner<float> {
     }
 
     /// Scores the centroids that reach least_, all of a row where that is -inf.
-    int64_t score_possible(const QuantisedCentres& centres, const Nearest<float>& nearest) {
+    int64_t score_possible(const QuantisedCentres& centres) {
         int64_t scored = 0;
         for (int64_t lane = 0; lane < kBlockRows; lane += kLanes) {
             const __m512 inverse = _mm512_loadu_ps(inverses_ + lane), least = _mm512_loadu_ps(least_ + lane);
@@ -406,20 +340,34 @@ class CertifiedAssigner<float> {
                 unsigned possible = _mm512_mask_cmp_ps_mask(open, score_of, least, _CMP_NLT_UQ);
                 for (; possible != 0; possible &= possible - 1, ++scored) {
                     const int64_t i = lane + __builtin_ctz(possible);
-                    join(score(centres, i, column), centres.id(column), i, nearest);
+                    join(score(centres, i, column), static_cast<int32_t>(centres.id(column)), i);
                 }
             }
         }
         return scored;
     }
 
-    /// A float score of lane i joins those it has: the lowest counts, the lower label of equals.
-    void join(float value, int64_t label, int64_t i, const Nearest<float>& nearest) {
-        float& score = nearest.scores[i];
-        const bool nearer = value < score || (value == score && label < nearest.labels[i]);
-        const float larger = nearer ? score : value;
-        farther_[i] = larger < farther_[i] ? larger : farther_[i];
-        if (nearer) score = value, nearest.labels[i] = label;
+    /// A float score of lane i joins those it has, in order; the last of them makes room.
+    void join(float value, int32_t label, int64_t i) {
+        if (value < ranked_[kRivals][i] || (value == ranked_[kRivals][i] && label < labels_[kRivals][i])) {
+            const float last = ranked_[kRivals][i];
+            ranked_[kRivals][i] = value, labels_[kRivals][i] = label;
+            for (int t = kRivals; t > 0 && comes_first(i, t, t - 1); --t) exchange(i, t, t - 1);
+            value = last;
+        }
+        farther_[i] = value < farther_[i] ? value : farther_[i];
+    }
+
+    /// Whether lane i's score `t` is the lower, or of the lower label.
+    bool comes_first(int64_t i, int t, int other) const {
+        return ranked_[t][i] < ranked_[other][i] || (ranked_[t][i] == ranked_[other][i] && labels_[t][i] < labels_[other][i]);
+    }
+
+    void exchange(int64_t i, int t, int other) {
+        const float value = ranked_[t][i];
+        const int32_t label = labels_[t][i];
+        ranked_[t][i] = ranked_[other][i], labels_[t][i] = labels_[other][i];
+        ranked_[other][i] = value, labels_[other][i] = label;
     }
 
     void leave_open(int64_t i, bool open) {
@@ -467,12 +415,14 @@ class CertifiedAssigner<float> {
     int64_t open_count_ = 0;        // of the last block
     int32_t starts_[kBlockRows] = {};
     float inverses_[kBlockRows] = {};
-    float highest_[3][kBlockRows];  // of a chunk, tagged with the index in it
-    float best_[3][kBlockRows];     // of all chunks so far
-    int32_t index_[3][kBlockRows];
+    float highest_[kKept][kBlockRows];  // of a chunk, tagged with the index in it
+    float best_[kKept][kBlockRows];     // of all chunks so far
+    int32_t index_[kKept][kBlockRows];
     float units_[kBlockRows], bounds_[kBlockRows], squares_[kBlockRows];  // of the scores; E; |x|^2
-    float farther_[kBlockRows];  // |c|^2 - 2 x.c of every centroid but the nearest, at least
-    float least_[kBlockRows];    // the score that makes a centroid possible
+    float ranked_[kRivals + 1][kBlockRows];    // |c|^2 - 2 x.c of the nearest centroid, at most, and of its rivals, at least
+    int32_t labels_[kRivals + 1][kBlockRows];  // which they are
+    float farther_[kBlockRows];                // the same of every other centroid, at least
+    float least_[kBlockRows];                  // the score that makes a centroid possible
 };
 
 #endif

@@ -17,11 +17,12 @@ void assign(const Assign<T>& a, const Context& context) {
         search.set_centroids(centroids);
         for_pieces(pieces, span_count(a.n), [&](int piece, int64_t first, int64_t last) {
             int64_t rows[kSpanRows];
-            T scores[kSpanRows], gaps[kSpanRows];
+            T scores[kSpanRows], leads[kSpanRows], gaps[kSpanRows];
+            int32_t rivals[kRivals][kSpanRows];
             for (int64_t span = first; span < last; ++span) {
                 const int64_t begin = span * kSpanRows, end = span_end(span, a.n);
                 for (int64_t row = begin; row < end; ++row) rows[row - begin] = row;
-                search.assign(piece, rows, end - begin, Nearest<T>{labels + begin, scores, gaps, false});
+                search.assign(piece, rows, end - begin, {labels + begin, scores, {rivals[0], rivals[1]}, leads, gaps, false});
                 for (int64_t row = begin; row < end; ++row)
                     a.distances[problem * a.n + row] =
                         static_cast<T>(squared_distance(x + row * a.d, centroids + labels[row] * a.d, a.d));

@@ -31,9 +31,12 @@ class Solver {
           weights_(context.scratch<double>(a.k)),
           members_(context.scratch<int64_t>(a.k)),
           shifts_(context.scratch<double>(a.k)),
+          moves_(context.scratch<T>(a.k)),
           losses_(context.scratch<T>(a.k)),
           moved_(context.scratch<int64_t>(a.k)),
           scores_(context.scratch<T>(a.n)),
+          rivals_{context.scratch<int32_t>(a.n), context.scratch<int32_t>(a.n)},
+          leads_(context.scratch<T>(a.n)),
           gaps_(context.scratch<T>(a.n)),
           moments_(context.scratch<double>(a.d)),
           partial_(context.scratch<double>(span_count(a.n))),
@@ -86,74 +89,111 @@ class Solver {
 
     /// Labels of every row; how many are not what they were, with the old ones in previous_. Where the gaps are to be trusted,
     /// a row whose nearest centroid has kept its lead over all others, whatever they moved, is not looked at (Hamerly 2010);
-    /// and one whose nearest has not moved is compared only with those that have.
+    /// one that has kept it over all but its rivals is compared with those alone; and one whose nearest has not moved, only
+    /// with those that have.
     int64_t assign(bool trust_gaps) {
         search_.set_centroids(centroids_);
         few_moved_ = trust_gaps && 2 * moved_count_ <= a_.k;
+        with_rivals_ = search_.keeps_rivals();
         if (few_moved_) search_.set_moved(centroids_, moved_, moved_count_);
         for_pieces(pieces_, span_count(a_.n), [&](int piece, int64_t first, int64_t last) {
             for (int64_t span = first; span < last; ++span) changed_[span] = assign_span(piece, span, trust_gaps);
         });
         if (search_.adapt())
-            for (int64_t row = 0; row < a_.n; ++row) scores_[row] = unknown();
+            for (int64_t row = 0; row < a_.n; ++row) {
+                scores_[row] = unknown();
+                if (with_rivals_) forget_rivals(row);
+            }
         int64_t changed = 0;
         for (int64_t span = 0; span < span_count(a_.n); ++span) changed += changed_[span];
         return changed;
     }
 
     static T unknown() { return static_cast<T>(__builtin_inf()); }
+    static constexpr T kLess = static_cast<T>(1 - 4e-7), kMore = static_cast<T>(1.000001);  // for the rounding of bounds
+
+    /// The rows of a span that need a search: of all centroids, of those that moved, of their rivals.
+    struct Tasks {
+        int64_t all[kSpanRows + 1], moved[kSpanRows + 1], rivals[kSpanRows + 1];
+        int64_t all_count = 0, moved_count = 0, rivals_count = 0;
+    };
 
     int64_t assign_span(int piece, int64_t span, bool trust_gaps) {
-        int64_t rows[kSpanRows], challenged[kSpanRows], count = 0, challenged_count = 0, changed = 0;
+        Tasks tasks;
+        int64_t changed = 0;
         for (int64_t row = span * kSpanRows; row < span_end(span, a_.n); ++row) {
             previous_[row] = static_cast<int32_t>(labels_[row]);
             if (fixed_ != nullptr && fixed_[row] >= 0) {
                 changed += labels_[row] != fixed_[row];
                 labels_[row] = fixed_[row];
             } else if (labels_[row] < 0 || !trust_gaps) {
-                rows[count++] = row;
+                tasks.all[tasks.all_count++] = row;
+            } else if (with_rivals_) {
+                give_task<true>(row, tasks);
             } else {
-                const bool rests = shifts_[labels_[row]] == 0;
-                if (!rests) scores_[row] = unknown();
-                if (still_leads(row)) continue;
-                if (few_moved_ && rests && scores_[row] < unknown())
-                    challenged[challenged_count++] = row;
-                else
-                    rows[count++] = row;
+                give_task<false>(row, tasks);
             }
         }
-        changed += search_rows(piece, rows, count, false);
-        return changed + search_rows(piece, challenged, challenged_count, true);
+        changed += search_rows(tasks.all, tasks.all_count, false,
+                               [&](const Nearest<T>& nearest) { search_.assign(piece, tasks.all, tasks.all_count, nearest); });
+        changed += search_rows(tasks.rivals, tasks.rivals_count, true, [&](const Nearest<T>& nearest) {
+            search_.assign_among_rivals(piece, tasks.rivals, tasks.rivals_count, nearest);
+        });
+        for (int64_t i = 0; with_rivals_ && i < tasks.moved_count; ++i) forget_rivals(tasks.moved[i]);
+        return changed + search_rows(tasks.moved, tasks.moved_count, true, [&](const Nearest<T>& nearest) {
+                   search_.assign_moved(piece, tasks.moved, tasks.moved_count, nearest);
+               });
     }
 
-    int64_t search_rows(int piece, const int64_t* rows, int64_t count, bool standing) {
+    /// Without branches: which way a row goes is hard to foretell.
+    template <bool kWithRivals>
+    void give_task(int64_t row, Tasks& tasks) {
+        const int64_t label = labels_[row];
+        const T gap = gaps_[row] * kLess - losses_[label], score = shifts_[label] == 0 ? scores_[row] : unknown();
+        const int64_t keeps = gap > 0, stands = few_moved_ & (score < unknown()) & !keeps;
+        scores_[row] = score;
+        gaps_[row] = keeps ? gap : gaps_[row];
+        if constexpr (kWithRivals) {
+            const T first = moves_[rivals_[0][row]], second = moves_[rivals_[1][row]];
+            const T lead = leads_[row] * kLess - (moves_[label] + (first > second ? first : second));
+            const int64_t leads = lead > 0;
+            leads_[row] = keeps ? lead : leads_[row];
+            tasks.rivals[tasks.rivals_count] = row;
+            tasks.rivals_count += keeps & ~leads;
+        }
+        tasks.moved[tasks.moved_count] = row;
+        tasks.moved_count += stands;
+        tasks.all[tasks.all_count] = row;
+        tasks.all_count += 1 - (keeps | stands);
+    }
+
+    /// What is known of the rivals as of all others.
+    void forget_rivals(int64_t row) {
+        if (leads_[row] < gaps_[row]) gaps_[row] = leads_[row];
+        leads_[row] = unknown();
+    }
+
+    /// Labels of rows[0 .. count) by `search`, which is told what is `known`; how many are not what they were.
+    template <class SearchRows>
+    int64_t search_rows(const int64_t* rows, int64_t count, bool known, const SearchRows& search) {
         int64_t labels[kSpanRows], changed = 0;
-        T scores[kSpanRows], gaps[kSpanRows];
+        int32_t rivals[kRivals][kSpanRows];
+        T scores[kSpanRows], leads[kSpanRows], gaps[kSpanRows];
         if (count == 0) return 0;
+        for (int64_t i = 0; known && i < count; ++i)
+            labels[i] = labels_[rows[i]], scores[i] = scores_[rows[i]], gaps[i] = gaps_[rows[i]];
+        for (int r = 0; known && r < kRivals; ++r)
+            for (int64_t i = 0; i < count; ++i) rivals[r][i] = rivals_[r][rows[i]];
+        search(Nearest<T>{labels, scores, {rivals[0], rivals[1]}, leads, gaps, known});
         for (int64_t i = 0; i < count; ++i) {
-            labels[i] = labels_[rows[i]];
-            scores[i] = scores_[rows[i]];
-            gaps[i] = gaps_[rows[i]];
+            changed += labels_[rows[i]] != labels[i];
+            labels_[rows[i]] = labels[i], scores_[rows[i]] = scores[i], gaps_[rows[i]] = gaps[i];
         }
-        const Nearest<T> nearest{labels, scores, gaps, standing};
-        if (standing)
-            search_.assign_moved(piece, rows, count, nearest);
-        else
-            search_.assign(piece, rows, count, nearest);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = rows[i];
-            changed += labels_[row] != labels[i];
-            labels_[row] = labels[i];
-            scores_[row] = scores[i];
-            gaps_[row] = gaps[i];
-        }
+        if (!with_rivals_) return changed;
+        for (int64_t i = 0; i < count; ++i) leads_[rows[i]] = leads[i];
+        for (int r = 0; r < kRivals; ++r)
+            for (int64_t i = 0; i < count; ++i) rivals_[r][rows[i]] = rivals[r][i];
         return changed;
-    }
-
-    bool still_leads(int64_t row) {
-        const T left = gaps_[row] * T(1 - 4e-7) - losses_[labels_[row]];
-        if (left > 0) gaps_[row] = left;
-        return left > 0;
     }
 
     /// How far the centroids moved, squared; with it, what each cluster's rows lose of their gaps.
@@ -169,9 +209,10 @@ class Solver {
             else if (shifts_[k] > second)
                 second = shifts_[k];
         }
-        for (int64_t k = 0; k < a_.k; ++k)
-            losses_[k] =
-                static_cast<T>(1.000001 * (__builtin_sqrt(shifts_[k]) + __builtin_sqrt(k == mover ? second : farthest)));
+        for (int64_t k = 0; k < a_.k; ++k) {
+            moves_[k] = kMore * static_cast<T>(__builtin_sqrt(shifts_[k]));
+            losses_[k] = moves_[k] + kMore * static_cast<T>(__builtin_sqrt(k == mover ? second : farthest));
+        }
         return shift;
     }
 
@@ -303,20 +344,23 @@ class Solver {
 
     const Lloyd<T>& a_;
     const int pieces_;
-    T* before_;              // (K, D) centroids before the update
-    double* sums_;           // (K, D)
-    double* weights_;        // (K)
-    int64_t* members_;       // (K) rows of positive weight
-    double* shifts_;         // (K)
-    T* losses_;              // (K) what a row's gap loses by the centroids' last move
-    int64_t* moved_;         // (moved_count_) the centroids that the last update moved
-    T* scores_;              // (N) Nearest's, of a centroid that stands where it stood; else unknown()
-    T* gaps_;                // (N) how much farther than its own centroid every other is, at least
-    double* moments_;        // (D)
-    double* partial_;        // (spans)
-    int32_t* previous_;      // (N) labels before this pass
-    int64_t* changed_;       // (spans) rows relabelled by this pass
-    Candidate* candidates_;  // (N)
+    T* before_;                 // (K, D) centroids before the update
+    double* sums_;              // (K, D)
+    double* weights_;           // (K)
+    int64_t* members_;          // (K) rows of positive weight
+    double* shifts_;            // (K)
+    T* moves_;                  // (K) how far the centroids moved last, at most
+    T* losses_;                 // (K) what a row's gap loses by that
+    int64_t* moved_;            // (moved_count_) the centroids that the last update moved
+    T* scores_;                 // (N) Nearest's, of a centroid that stands where it stood; else unknown()
+    int32_t* rivals_[kRivals];  // (N) Nearest's, as are
+    T* leads_;                  // (N) and
+    T* gaps_;                   // (N)
+    double* moments_;           // (D)
+    double* partial_;           // (spans)
+    int32_t* previous_;         // (N) labels before this pass
+    int64_t* changed_;          // (spans) rows relabelled by this pass
+    Candidate* candidates_;     // (N)
     Search<T> search_;
 
     const T* x_ = nullptr;
@@ -326,7 +370,7 @@ class Solver {
     int64_t* labels_ = nullptr;
     double limit_ = 0;
     int64_t moved_count_ = 0;
-    bool few_moved_ = false;
+    bool few_moved_ = false, with_rivals_ = false;
 };
 
 }  // namespace

@@ -109,16 +109,27 @@ inline T distance_gap(T best, T second, T square, int64_t d) {
                           (1 + 4 * kEpsilon) * __builtin_sqrt(nearer + error));
 }
 
-/// What is known of some rows, and found out: the nearest centroid, its score |c|^2 - 2 x.c, and a lower bound of how much
-/// farther every other centroid is, not above zero where rounding may decide.
+/// Centroids that a row remembers beside its nearest, where it does (Search::keeps_rivals).
+constexpr int kRivals = 2;
+
+/// What is known of some rows, and found out. Gaps and leads are not above zero where rounding may decide.
 template <class T>
 struct Nearest {
-    int64_t* labels;
-    T* scores;
-    T* gaps;
-    bool standing;  // what they hold stands unless one of the centroids searched is nearer
+    int64_t* labels;           // the nearest centroid
+    T* scores;                 // its score |c|^2 - 2 x.c
+    int32_t* rivals[kRivals];  // some others that are near; the label itself in place of none
+    T* leads;                  // how much farther than the nearest all rivals are, at least; infinite without any
+    T* gaps;                   // and all others
+    bool standing;             // label, score and gap stand unless one of the centroids searched is nearer
 
-    Nearest from(int64_t first) const { return {labels + first, scores + first, gaps + first, standing}; }
+    Nearest from(int64_t first) const {
+        return {labels + first, scores + first, {rivals[0] + first, rivals[1] + first}, leads + first, gaps + first, standing};
+    }
+
+    void without_rivals(int64_t i) const {
+        for (int32_t* of_rows : rivals) of_rows[i] = static_cast<int32_t>(labels[i]);
+        leads[i] = static_cast<T>(__builtin_inf());
+    }
 };
 
 /// Centroids ready for products: all K, or those of `ids`.

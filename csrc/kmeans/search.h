@@ -40,6 +40,9 @@ class Search {
 
     const T* mean() const { return mean_; }
 
+    /// Whether assign() tells rivals and leads; else gaps are those of all other centroids.
+    bool keeps_rivals() const { return certify_ && centres_.k >= kLeastForRivals; }
+
     void set_centroids(const T* centroids) {
         if constexpr (kCertifies<T>)
             if (certify_) {
@@ -79,8 +82,13 @@ class Search {
         assign(moved_, piece, rows, count, nearest);
     }
 
+    /// The nearest of rows[0 .. count), ascending, among what was the nearest and its rivals: no other can be nearer.
+    void assign_among_rivals(int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+        if constexpr (kCertifies<T>) certified_[piece].assign_among_rivals(*rows_, *quantised_, x_, rows, count, nearest);
+    }
+
     /// After a pass: goes over to float products where the bounds have left too much undecided to pay; true then, and the
-    /// scores found so far are no longer such as the next pass's.
+    /// scores found so far are no longer such as the next pass's, nor will there be rivals.
     bool adapt() {
         if constexpr (kCertifies<T>) {
             if (!certify_) return false;

@@ -1,0 +1,129 @@
+// The rows and the centroids of one k-means problem in 8 bits (quantised.h), less the shift.
+#pragma once
+
+#include <type_traits>
+
+#include "common/quantised.h"
+#include "kmeans/nearest.h"
+
+namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
+
+namespace quantised = fastclust::quantised::FASTCLUST_CAPABILITY;
+
+template <class T>
+constexpr bool kCertifies = quantised::kAvailable && std::is_same_v<T, float>;
+
+/// Below this depth the float products cost no more than the bounds.
+constexpr int64_t kLeastDepth = 16;
+
+inline int64_t padded_depth(int64_t d) {
+    return (d + 15) / 16 * 16;
+}
+
+/// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
+struct QuantisedRows {
+    int64_t n, d, steps;        // of four features
+    uint8_t* panels;            // quantised.h, signed
+    int32_t* starts;            // (N)
+    quantised::Quantised* how;  // (N)
+    float* centred;             // one padded row per piece
+
+    QuantisedRows(int64_t n_, int64_t d_, int pieces, const Context& context)
+        : n(n_),
+          d(d_),
+          steps(quantised::steps(d_)),
+          panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes())),
+          starts(context.scratch<int32_t>(n_)),
+          how(context.scratch<quantised::Quantised>(n_)),
+          centred(context.scratch<float>(pieces * padded_depth(d_))) {}
+
+    static constexpr int64_t kLanes = quantised::kWidth;
+    int64_t panel_bytes() const { return kLanes * 4 * steps; }
+    uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(); }
+
+    void prepare(int pieces, const float* x, const float* shift) {
+        for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
+            float* v = centred + piece * padded_depth(d);
+            for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
+            for (int64_t row = first * kSpanRows; first < last && row < span_end(last - 1, n); ++row) {
+                for (int64_t j = 0; j < d; ++j) v[j] = x[row * d + j] - shift[j];
+                uint8_t* lane = panel_of(row) + row % kLanes * 4;
+                const float scale = quantised::scale_for(quantised::largest_magnitude(v, d));
+                how[row] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + row);
+                starts[row] *= -128;
+            }
+        });
+    }
+};
+
+/// Centroids ready for 8-bit products, and for float products one by one: all K, or those of `ids`.
+struct QuantisedCentres {
+    static constexpr int kGroup = quantised::group_rows(8);  // centroids of a tile
+
+    int64_t k, d, steps;           // of four features
+    const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
+    const float* shift;
+    float* centred;                           // (K, padded D) c - shift
+    float* squares;                           // (K) |c - shift|^2
+    float* halves;                            // (K) h
+    float* tops;                              // (K) the largest coordinate's magnitude, later |c - c~|
+    uint8_t* groups;                          // quantised.h, unsigned, in groups of kGroup
+    float scale = 1, norm = 0, residual = 0;  // of all: scale, max |c|, max |c - c~|
+
+    QuantisedCentres(int64_t k_, int64_t d_, const float* shift_, const Context& context)
+        : k(k_),
+          d(d_),
+          steps(quantised::steps(d_)),
+          shift(shift_),
+          centred(context.scratch<float>(k_ * padded_depth(d_))),
+          squares(context.scratch<float>(k_)),
+          halves(context.scratch<float>(k_)),
+          tops(context.scratch<float>(k_)),
+          groups(context.scratch<uint8_t>((k_ + kGroup - 1) / kGroup * group_bytes())) {}
+
+    int64_t group_bytes() const { return kGroup * 4 * steps; }
+    uint8_t* group_of(int64_t column) const { return groups + column / kGroup * group_bytes(); }
+    const float* row(int64_t column) const { return centred + column * padded_depth(d); }
+    int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
+
+    void prepare(int pieces, const float* centroids, const int64_t* ids_, int64_t count) {
+        ids = ids_, k = count;
+        prepare(pieces, centroids);
+    }
+
+    void prepare(int pieces, const float* centroids) {
+        for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
+            for (int64_t column = first; column < last; ++column) centre(centroids + id(column) * d, column);
+        });
+        float top = 0, square = 0;
+        for (int64_t column = 0; column < k; ++column) {
+            top = tops[column] > top ? tops[column] : top;
+            square = squares[column] > square ? squares[column] : square;
+        }
+        scale = quantised::scale_for(top);
+        norm = __builtin_sqrtf(square) * 1.000001f;
+        for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
+            for (int64_t column = first; column < last; ++column) {
+                int32_t sum;
+                uint8_t* codes = group_of(column) + column % kGroup * quantised::row_stride(steps) * 4;
+                tops[column] =
+                    quantised::quantise(row(column), d, scale, 128, codes, quantised::step_stride(kGroup) * 4, &sum).residual;
+                halves[column] = squares[column] / (2 * scale);
+            }
+        });
+        residual = 0;
+        for (int64_t column = 0; column < k; ++column) residual = tops[column] > residual ? tops[column] : residual;
+    }
+
+   private:
+    void centre(const float* c, int64_t column) {
+        float* v = centred + column * padded_depth(d);
+        double square = 0;
+        for (int64_t j = 0; j < padded_depth(d); ++j) v[j] = j < d ? c[j] - shift[j] : 0;
+        for (int64_t j = 0; j < d; ++j) square += static_cast<double>(v[j]) * v[j];
+        squares[column] = static_cast<float>(square);
+        tops[column] = quantised::largest_magnitude(v, d);
+    }
+};
+
+}  // namespace fastclust::kmeans::FASTCLUST_CAPABILITY
