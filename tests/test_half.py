@@ -113,8 +113,8 @@ def test_bad_rows_are_told(device, dtype):
 
 @on_cuda
 def test_no_copy_of_the_rows_in_float32(device, dtype):
-    """Beside the rows: a scaled half of each element (k-means; kNN's filter), and O(N)."""
-    x = torch.randn(200_000, 256, device=device).to(dtype)
+    """Beside the rows: a scaled half of each element, O(N), and kNN's lists (70 MB on 132 processors)."""
+    x = torch.randn(800_000, 256, device=device).to(dtype)
     copy = 4 * x.numel()
     for call in (
         lambda: fastclust.kmeans_assign(x, x[:8].float()),
@@ -131,7 +131,7 @@ def test_no_copy_of_the_rows_in_float32(device, dtype):
 def test_compiled_and_under_autocast(device, dtype):
     x = torch.randn(200, 20, device=device).to(dtype)
     want = fastclust.kmeans_assign(x, x[:5].float())
-    compiled = torch.compile(lambda x, c: fastclust.kmeans_assign(x, c).labels, fullgraph=True)
+    compiled = torch.compile(lambda x, c: fastclust.kmeans_assign(x, c).labels, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, x[:5].float()), want.labels)
     with torch.autocast("cuda", dtype=dtype):
         assert torch.equal(fastclust.kmeans_assign(x, x[:5].float()).labels, want.labels)
