@@ -28,7 +28,7 @@ __global__ void average_centroids(Assignment<S> a, float* shift) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) round_rows(Assignment<S> a, const float* shift, Half* halves, RowInfo* info) {
+__global__ void __launch_bounds__(kThreads, 4) round_rows(Assignment<S> a, const float* shift, Half* halves, RowInfo* info) {
     const int64_t stride = int64_t(gridDim.x) * kWarps, rows = a.groups / a.restarts * a.n;
     for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; row < rows; row += stride) {
         const RowInfo found = round_row(a.x + row * a.d, shift + row / a.n * a.d, a.d, halves + row * padded_depth(a.d));

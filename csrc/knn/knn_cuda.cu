@@ -22,7 +22,7 @@ struct SearchShared {
 
 /// One block per 64 queries and split; blocks take further pieces in turn, so that only as many lists exist as blocks.
 template <class S, class Op>
-__global__ void __launch_bounds__(kThreads) search_tiles(Task<S> task) {
+__global__ void __launch_bounds__(kThreads, 2) search_tiles(Task<S> task) {
     using T = Computed<S>;
     using Tile = PairTile<T, Op>;
     constexpr int kSide = Tile::kSide;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) search_tiles(Task<S> task) {
 
 /// One warp per query: the best of what its splits found.
 template <class S>
-__global__ void __launch_bounds__(kThreads) merge_splits(Task<S> task) {
+__global__ void __launch_bounds__(kThreads, 4) merge_splits(Task<S> task) {
     const Search<S>& a = task.a;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
     for (int64_t query = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; query < a.m; query += stride) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) merge_splits(Task<S> task) {
 /// Rows divided by their norms; a zero row stays zero. One warp per row. The greatest element goes first, so that neither its
 /// square nor the sum of squares leaves the range.
 template <class S>
-__global__ void __launch_bounds__(kThreads) normalise_rows(const S* x, int64_t rows, int64_t d, Computed<S>* out) {
+__global__ void __launch_bounds__(kThreads, 4) normalise_rows(const S* x, int64_t rows, int64_t d, Computed<S>* out) {
     using T = Computed<S>;
     const int lane = threadIdx.x % kWarp;
     const int64_t stride = int64_t(gridDim.x) * kWarps;
