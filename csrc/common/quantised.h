@@ -92,14 +92,13 @@ struct Quantised {
 typedef float Sums __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 
-/// op over the 16 lanes of a vector, halves on halves.
-template <class Vector, class Op>
-inline auto fold(const Vector& lanes, const Op& op) {
-    const auto eight = op(__builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7),
-                          __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15));
-    const auto four = op(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
-    const auto two = op(__builtin_shufflevector(four, four, 0, 1), __builtin_shufflevector(four, four, 2, 3));
-    return op(__builtin_shufflevector(two, two, 0, 0), __builtin_shufflevector(two, two, 1, 1))[0];
+/// Of 16 lanes, halves on halves.
+template <class Vector>
+inline auto sum_of_lanes(const Vector& lanes) {
+    const auto eight = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return four[0] + four[2] + (four[1] + four[3]);
 }
 
 /// The largest |v_j|; v is padded with zeros to whole sixteens.
@@ -110,7 +109,12 @@ inline float largest_magnitude(const float* v, int64_t depth) {
         const Floats size = value < 0 ? -value : value;
         largest = size > largest ? size : largest;
     }
-    return fold(largest, [](const auto& a, const auto& b) { return a > b ? a : b; });
+    const auto low = __builtin_shufflevector(largest, largest, 0, 1, 2, 3, 4, 5, 6, 7),
+               high = __builtin_shufflevector(largest, largest, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto eight = low > high ? low : high;
+    float top = eight[0];
+    for (int lane = 1; lane < 8; ++lane) top = eight[lane] > top ? eight[lane] : top;
+    return top;
 }
 
 /// The least scale that clips nothing up to `top`.
@@ -140,9 +144,8 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
             __builtin_memcpy(q + step * stride, reinterpret_cast<const uint8_t*>(&bytes) + 4 * part, 4);
     }
     for (int64_t step = (depth + 15) / 16 * 4; step < steps(depth); ++step) __builtin_memset(q + step * stride, 0, 4);
-    constexpr auto kAdd = [](const auto& a, const auto& b) { return a + b; };
-    const float residual = fold(residuals, kAdd), square = static_cast<float>(fold(squares, kAdd));
-    *sum = fold(totals, kAdd);
+    const float residual = sum_of_lanes(residuals), square = static_cast<float>(sum_of_lanes(squares));
+    *sum = sum_of_lanes(totals);
     constexpr float kUp = 1.0001f;  // covers the rounding of these sums
     return {scale, kUp * scale * __builtin_sqrtf(square), kUp * __builtin_sqrtf(residual)};
 }

@@ -189,7 +189,7 @@ class Solver {
             changed += labels_[rows[i]] != labels[i];
             labels_[rows[i]] = labels[i], scores_[rows[i]] = scores[i], gaps_[rows[i]] = gaps[i];
         }
-        if (!with_rivals_) return changed;
+        if (!(kCertifies<T> && with_rivals_)) return changed;
         for (int64_t i = 0; i < count; ++i) leads_[rows[i]] = leads[i];
         for (int r = 0; r < kRivals; ++r)
             for (int64_t i = 0; i < count; ++i) rivals_[r][rows[i]] = rivals[r][i];
