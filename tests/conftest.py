@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from simt.harness import Worker, shared_worker
 
 settings.register_profile("fastclust", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fastclust")
@@ -31,6 +32,19 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """The CUDA kernels on the CPU (tests/simt), in a process of their own."""
+    worker = shared_worker()
+    yield worker
+    worker.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from simt.harness import ROOT, Worker, build, needs_compiler, shared_worker
+from simt.harness import ROOT, Worker, build, needs_compiler
 
 DTYPES = [np.float32, np.float64]
 
@@ -22,18 +22,6 @@ pytestmark = needs_compiler
 @pytest.fixture(scope="session")
 def binary() -> Path:
     return build(ROOT / "build" / "simt")
-
-
-@pytest.fixture(scope="module")
-def worker():
-    worker = shared_worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def squared_distances(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:

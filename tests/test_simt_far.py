@@ -8,8 +8,7 @@ those of the last rows.
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from simt.harness import needs_compiler, shared_worker
+from simt.harness import needs_compiler
 from test_simt_half import stored
 
 D = 256  # eight rows to a block: the last rows are what the first block walks on to
@@ -18,18 +17,6 @@ ROWS = 6
 N = FIRST + ROWS
 
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module")
-def worker():
-    worker = shared_worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def last(data: bytes, dtype: type, count: int) -> np.ndarray:

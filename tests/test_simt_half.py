@@ -7,24 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from simt.harness import needs_compiler, shared_worker
+from simt.harness import needs_compiler
 
 STORAGES = ["float16", "bfloat16"]
 METRICS = ["cosine", "inner_product", "euclidean"]
 
 pytestmark = [needs_compiler, pytest.mark.parametrize("storage", STORAGES)]
-
-
-@pytest.fixture(scope="module")
-def worker():
-    worker = shared_worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def stored(x: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,25 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse
-from simt.harness import needs_compiler, shared_worker
+from simt.harness import needs_compiler
 
 DTYPES = [np.float32, np.float64]
 METRICS = ["cosine", "inner_product", "euclidean"]
 SYMMETRIZE = ["none", "sum", "mean", "max"]
 
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module")
-def worker():
-    worker = shared_worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def call(worker, op, x, ints=(), reals=(), arrays=(), dtypes=()):
