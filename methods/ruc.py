@@ -334,9 +334,8 @@ class Learner:
 def clean_set(config: Config, base: Base, device: torch.device) -> Tensor:
     """bool (N,): the images whose pseudo-label is credible (3.1); every cluster must have some."""
     confidence, labels = base.probabilities.max(dim=1)
-    clean = torch.ones(len(labels), dtype=torch.bool)
-    if config.strategy != "metric":
-        clean &= confidence > config.tau1
+    n_clusters = base.probabilities.shape[1]
+    signs = {"confidence": confidence > config.tau1}
     if config.strategy != "confidence":
         if base.embeddings is None:
             raise UserError(
@@ -345,18 +344,25 @@ def clean_set(config: Config, base: Base, device: torch.device) -> Tensor:
             )
         if config.neighbours >= len(labels):
             raise UserError(f"--neighbours {config.neighbours} must be lower than the number of images, {len(labels)}")
-        found = majority(base.embeddings.to(device), labels.to(device), config.neighbours, base.probabilities.shape[1])
-        clean &= found.cpu() == labels
-    missed = (torch.bincount(labels[clean], minlength=base.probabilities.shape[1]) == 0).nonzero().flatten().tolist()
+        found = majority(base.embeddings.to(device), labels.to(device), config.neighbours, n_clusters)
+        signs["metric"] = found.cpu() == labels
+        signs["hybrid"] = signs["confidence"] & signs["metric"]
+    clean = signs[config.strategy]
+    missed = missed_clusters(labels, clean, n_clusters)
     if missed:
+        others = [name for name, other in signs.items() if not missed_clusters(labels, other, n_clusters)]
+        instead = f"take --strategy {others[0]}, or " if others else ""
         lower = {"confidence": "--tau1", "metric": "--neighbours", "hybrid": "--tau1 or --neighbours"}[config.strategy]
         what = "the clean set is empty" if not clean.any() else f"the clean set has no image of the clusters {missed}"
         seen = confidence[torch.isin(labels, torch.tensor(missed))].max()
-        raise UserError(
-            f"{what}: lower {lower} (τ1 {config.tau1:g}, greatest confidence there {seen:.3f}), or take "
-            f"another --strategy"
-        )
+        threshold = f" (τ1 {config.tau1:g}, greatest confidence there {seen:.3f})" * (config.strategy != "metric")
+        raise UserError(f"{what}: {instead}lower {lower}{threshold}")
     return clean
+
+
+def missed_clusters(labels: Tensor, clean: Tensor, n_clusters: int) -> list[int]:
+    """The clusters that no image of the clean set, bool (N,), has as its label (N,)."""
+    return (torch.bincount(labels[clean], minlength=n_clusters) == 0).nonzero().flatten().tolist()
 
 
 def majority(embeddings: Tensor, labels: Tensor, k: int, n_clusters: int) -> Tensor:

@@ -185,6 +185,19 @@ def test_the_three_strategies(small: Config) -> None:
     assert found("hybrid") == [0, 1, 3, 4, 6]
 
 
+@pytest.mark.parametrize("strategy", ["metric", "hybrid"])
+def test_a_cluster_among_others_is_refused_with_the_strategy_that_would_take_it(small: Config, strategy: str) -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.05, 0.95], [0.9, 0.1]])
+    base = Base(probabilities, torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.05], [1.0, 0.2]]))
+    config = dataclasses.replace(small, strategy=strategy, neighbours=2, tau1=0.8)
+    with pytest.raises(UserError, match=r"no image of the clusters \[1\]: take --strategy confidence, or lower"):
+        clean_set(config, base, torch.device("cpu"))
+    with pytest.raises(UserError, match=": lower --"):  # nor would that one
+        clean_set(
+            dataclasses.replace(config, tau1=0.99), base._replace(probabilities=probabilities), torch.device("cpu")
+        )
+
+
 def test_quality_of_a_clean_set() -> None:
     base = Base(torch.eye(2)[[1, 1, 1, 0, 0, 0]])
     truth = torch.tensor([0, 0, 1, 1, 1, -1])
@@ -461,7 +474,8 @@ def spoilt(arrays: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
         ("no embeddings", {}, "--strategy confidence"),
         ("embeddings", {}, "embeddings holds 89 rows, probabilities 90"),
         ("name", {}, "lacks the array probabilities"),
-        ("doubtful", {}, "no image of the clusters .1.: lower --tau1"),
+        ("doubtful", {}, "no image of the clusters .1.: take --strategy metric, or lower --tau1"),
+        ("doubtful", {"strategy": "confidence"}, "no image of the clusters .1.: lower --tau1"),
         ("", {"tau1": 1.0, "strategy": "confidence"}, "the clean set is empty: lower --tau1"),
         ("", {"neighbours": 90}, "--neighbours 90"),
         ("", {"base": "nowhere"}, "nowhere: no such file"),
