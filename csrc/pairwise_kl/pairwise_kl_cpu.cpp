@@ -90,12 +90,11 @@ template <class T>
 double dissimilar_pairs(const Sorted<T>& s, const Context& context) {
     auto* partial = context.scratch<double>(s.blocks);
     parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
-        alignas(64) T tile[kBlock * kBlock];
-        int32_t counts[kBlock];
+        Within within;
         for (int64_t i = begin; i < end; ++i) {
             partial[i] = 0;
             for (int64_t j = 0; j < s.blocks; ++j)
-                if (!same_group(s, i, j)) partial[i] += hinge_tile(s, i, j, tile, counts);
+                if (!same_group(s, i, j)) partial[i] += hinge_tile(s, i, j, within);
         }
     });
     return added_up(partial, s.blocks);
@@ -142,14 +141,13 @@ TileSums<T> sum_tiles(const Sorted<T>& s, bool detach_target, const Context& con
     };
     for (int64_t round = 0; round < s.blocks; ++round) {
         parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
-            alignas(64) T tile[kBlock * kBlock];
-            int32_t counts[kBlock];
+            Within within;
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t j = (i + round) % s.blocks;
                 if (same_group(s, i, j)) continue;
-                sums.loss[i] += hinge_tile(s, i, j, tile, counts);
-                for (int r = 0; r < kBlock; ++r) sums.count[i * kBlock + r] += static_cast<T>(counts[r]);
-                add_tile_products(tile, counts, s.has_zero[i] || s.has_zero[j], s.width, left(i), right(j));
+                sums.loss[i] += hinge_tile(s, i, j, within);
+                for (int r = 0; r < kBlock; ++r) sums.count[i * kBlock + r] += static_cast<T>(std::popcount(within.row[r]));
+                add_products(within, within.count(), s.has_zero[i] || s.has_zero[j], s.width, left(i), right(j));
             }
         });
     }
