@@ -6,6 +6,8 @@
 #include <cmath>
 
 #include "common/parallel.h"
+#include "pairwise_kl/codes.h"
+#include "pairwise_kl/exponential.h"
 #include "pairwise_kl/pairwise_kl.h"
 
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
@@ -27,6 +29,13 @@ struct Simd {
     static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
     typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
 };
+
+template <class T>
+T sum_of_lanes(const typename Simd<T>::Vector& lanes) {
+    T sum = 0;
+    for (int lane = 0; lane < Simd<T>::kLanes; ++lane) sum += lanes[lane];
+    return sum;
+}
 
 /// Stands for log 0: the product with any probability that counts passes every margin, and with 0 is 0.
 template <class T>
@@ -54,6 +63,7 @@ struct Sorted {
     int32_t* group;            // (padded) equal where labels are equal
     int64_t groups;
     int64_t* first;  // (groups + 1) first row of each group
+    Codes codes;     // if kHasCodes
 };
 
 /// Where entry 0 of row i is in `transposed`; the others follow every kBlock.
@@ -62,23 +72,32 @@ T* transposed_row(const Sorted<T>& s, int64_t i) {
     return s.transposed + i / kBlock * s.k * kBlock + i % kBlock;
 }
 
+/// What it does not fill of the padded rows is filled with zeros.
 template <class T>
 void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
+    using Vector = typename Simd<T>::Vector;
     const T* from = batch.log_p + s.entry[i].row * s.k;
-    T *block_p = s.block_p + i / kBlock * s.width, *block_log_p = s.block_log_p + i / kBlock * s.width;
-    T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, *transposed = transposed_row(s, i), sum = 0;
+    T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, *transposed = transposed_row(s, i);
+    bool has_zero = false;
     for (int64_t c = 0; c < s.k; ++c) {
         log_p[c] = from[c] > kLogZero<T> ? from[c] : kLogZero<T>;
-        p[c] = std::exp(log_p[c]);
-        sum += p[c] * log_p[c];
-        transposed[c * kBlock] = log_p[c];
-        block_p[c] += p[c];
-        block_log_p[c] += log_p[c];
-        if (log_p[c] == kLogZero<T>) s.has_zero[i / kBlock] = true;
+        p[c] = exponential(log_p[c]);
+        has_zero |= log_p[c] == kLogZero<T>;
     }
+    for (int64_t c = 0; c < s.k; ++c) transposed[c * kBlock] = log_p[c];
     for (int64_t c = s.k; c < s.width; ++c) p[c] = log_p[c] = 0;
-    s.entropy[i] = sum;
+    auto *block_p = reinterpret_cast<Vector*>(s.block_p + i / kBlock * s.width),
+         *block_log_p = reinterpret_cast<Vector*>(s.block_log_p + i / kBlock * s.width);
+    Vector products = {};
+    for (int64_t v = 0; v < s.width / Simd<T>::kLanes; ++v) {
+        const Vector some_p = reinterpret_cast<const Vector*>(p)[v], some_log_p = reinterpret_cast<const Vector*>(log_p)[v];
+        products += some_p * some_log_p;
+        block_p[v] += some_p;
+        block_log_p[v] += some_log_p;
+    }
+    s.entropy[i] = sum_of_lanes<T>(products);
     s.limit[i] = batch.margin;
+    if (has_zero) s.has_zero[i / kBlock] = true;
 }
 
 template <class T>
@@ -88,6 +107,20 @@ void fill_padding(const Sorted<T>& s, int64_t i) {
     s.entropy[i] = -kLogZero<T>;
     s.limit[i] = kLogZero<T>;
     s.group[i] = -1;
+}
+
+template <class T>
+void fill_block(const Batch<T>& batch, const Sorted<T>& s, int64_t block) {
+    const int64_t begin = block * kBlock, end = begin + kBlock;
+    s.has_zero[block] = false;
+    for (int64_t c = 0; c < s.width; ++c) s.block_p[block * s.width + c] = s.block_log_p[block * s.width + c] = 0;
+    for (int64_t i = begin; i < end; ++i) i < s.b ? fill_row(batch, s, i) : fill_padding(s, i);
+    if constexpr (kHasCodes<T>) {
+        if (s.codes.steps == 0) return;
+        float* work = s.codes.work + begin / kBlock * s.width;
+        for (int64_t c = s.k; c < s.width; ++c) work[c] = 0;
+        for (int64_t i = begin; i < end; ++i) s.codes.fill(i, s.p + i * s.width, s.log_p + i * s.width, s.k, work);
+    }
 }
 
 template <class T>
@@ -116,14 +149,11 @@ Sorted<T> sort_by_label(const Batch<T>& batch, const Context& context) {
         s.group[i] = static_cast<int32_t>(s.groups - 1);
     }
     s.first[s.groups] = s.b;
+    if (kHasCodes<T> && s.k >= Codes::kLeastColumns && s.k <= quantised::kMaxDepth)
+        s.codes.allocate(s.padded, s.k, s.width, context);
     parallel_for(0, s.blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-            s.has_zero[block] = false;
-            for (int64_t c = 0; c < s.width; ++c) s.block_p[block * s.width + c] = s.block_log_p[block * s.width + c] = 0;
-            for (int64_t i = block * kBlock; i < (block + 1) * kBlock && i < s.b; ++i) fill_row(batch, s, i);
-        }
+        for (int64_t block = begin; block < end; ++block) fill_block(batch, s, block);
     });
-    for (int64_t i = s.b; i < s.padded; ++i) fill_padding(s, i);
     return s;
 }
 

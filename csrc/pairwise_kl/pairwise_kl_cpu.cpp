@@ -1,4 +1,4 @@
-#include "pairwise_kl/tile.h"
+#include "pairwise_kl/screen.h"
 
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
 namespace {
@@ -15,73 +15,62 @@ Findings inspect(const Batch<T>& batch, const Context&) {
     return found;
 }
 
-/// Of one group of equal labels: means over its rows of p and log p in some columns, and what the pairs come to.
-struct GroupColumns {
-    static constexpr int kColumns = 16;
-    double p[kColumns] = {}, log_p[kColumns] = {};
-    bool some_zero[kColumns] = {}, some_positive[kColumns] = {};
-
-    template <class T>
-    GroupColumns(const Sorted<T>& s, int64_t group, int64_t column, int columns) {
-        const int64_t begin = s.first[group], end = s.first[group + 1];
-        for (int64_t i = begin; i < end; ++i) {
-            for (int c = 0; c < columns; ++c) {
-                const int64_t at = i * s.width + column + c;
-                p[c] += static_cast<double>(s.p[at]);
-                log_p[c] += static_cast<double>(s.log_p[at]);
-                some_zero[c] |= s.log_p[at] == kLogZero<T>;
-                some_positive[c] |= s.p[at] > 0;
-            }
-        }
-        for (int c = 0; c < columns; ++c) {
-            p[c] /= static_cast<double>(end - begin);
-            log_p[c] /= static_cast<double>(end - begin);
-        }
-    }
-
-    /// sum over i < j of KL_ij + KL_ji, the columns' share.
-    template <class T>
-    double pairs(const Sorted<T>& s, int64_t group, int64_t column, int columns) const {
-        const int64_t begin = s.first[group], end = s.first[group + 1];
-        double sum = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            for (int c = 0; c < columns; ++c) {
-                const int64_t at = i * s.width + column + c;
-                sum += (static_cast<double>(s.p[at]) - p[c]) * (static_cast<double>(s.log_p[at]) - log_p[c]);
-            }
-        }
-        for (int c = 0; c < columns; ++c)
-            if (some_zero[c] && some_positive[c]) return INFINITY;
-        return sum * static_cast<double>(end - begin);
-    }
-};
-
-/// Calls body(chunk, column, columns) for each chunk of GroupColumns::kColumns columns.
-template <class T, class Body>
-void for_column_chunks(const Sorted<T>& s, const Body& body) {
-    constexpr int64_t kColumns = GroupColumns::kColumns;
-    parallel_for(0, (s.k + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-            const int64_t column = chunk * kColumns;
-            body(chunk, column, static_cast<int>(s.k - column < kColumns ? s.k - column : kColumns));
-        }
-    });
-}
-
 double added_up(const double* partial, int64_t count) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += partial[i];
     return sum;
 }
 
+/// Columns of one group of equal labels, as many as a vector has lanes: sum over i < j of KL_ij + KL_ji, the columns' share.
+/// With grad, adds its gradient there, `weight` being d loss / d KL of a pair.
 template <class T>
-double similar_pairs(const Sorted<T>& s, const Context& context) {
-    const int64_t chunks = (s.k + GroupColumns::kColumns - 1) / GroupColumns::kColumns;
+double similar_columns(const Sorted<T>& s, int64_t group, int64_t column, double weight, bool detach_target, T* grad) {
+    constexpr int kColumns = Simd<T>::kLanes;
+    const int64_t begin = s.first[group], end = s.first[group + 1];
+    const int columns = static_cast<int>(s.k - column < kColumns ? s.k - column : kColumns);
+    const auto n = static_cast<double>(end - begin);
+    double mean_p[kColumns] = {}, mean_log_p[kColumns] = {}, sums[kColumns] = {};
+    T least[kColumns] = {}, most[kColumns] = {};  // of log p, and of p
+    for (int64_t i = begin; i < end; ++i) {
+        const T *p = s.p + i * s.width + column, *log_p = s.log_p + i * s.width + column;
+        for (int c = 0; c < kColumns; ++c) {
+            mean_p[c] += static_cast<double>(p[c]);
+            mean_log_p[c] += static_cast<double>(log_p[c]);
+            least[c] = log_p[c] < least[c] ? log_p[c] : least[c];
+            most[c] = p[c] > most[c] ? p[c] : most[c];
+        }
+    }
+    for (int c = 0; c < kColumns; ++c) mean_p[c] /= n, mean_log_p[c] /= n;
+    for (int64_t i = begin; i < end; ++i) {
+        const T *p = s.p + i * s.width + column, *log_p = s.log_p + i * s.width + column;
+        T pulled[kColumns];
+        for (int c = 0; c < kColumns; ++c) {
+            const double p_off = static_cast<double>(p[c]) - mean_p[c], log_off = static_cast<double>(log_p[c]) - mean_log_p[c];
+            sums[c] += p_off * log_off;
+            const double own = static_cast<double>(p[c]) * log_off + p_off;
+            pulled[c] = static_cast<T>(weight * (detach_target ? static_cast<double>(p[c]) - n * mean_p[c] : n * own));
+        }
+        for (int c = 0; grad != nullptr && c < columns; ++c) grad[s.entry[i].row * s.k + column + c] += pulled[c];
+    }
+    double sum = 0;
+    for (int c = 0; c < columns; ++c) {
+        if (least[c] == kLogZero<T> && most[c] > 0) return INFINITY;
+        sum += sums[c];
+    }
+    return sum * n;
+}
+
+/// The sum over all pairs of equal labels; with grad, adds its gradient.
+template <class T>
+double similar_pairs(const Sorted<T>& s, double weight, bool detach_target, T* grad, const Context& context) {
+    const int64_t chunks = s.width / Simd<T>::kLanes;
     auto* partial = context.scratch<double>(chunks);
-    for_column_chunks(s, [&](int64_t chunk, int64_t column, int columns) {
-        partial[chunk] = 0;
-        for (int64_t group = 0; group < s.groups; ++group)
-            partial[chunk] += GroupColumns(s, group, column, columns).pairs(s, group, column, columns);
+    parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            partial[chunk] = 0;
+            for (int64_t group = 0; group < s.groups; ++group)
+                partial[chunk] += similar_columns(s, group, chunk * Simd<T>::kLanes, weight, detach_target, grad);
+        }
     });
     return added_up(partial, chunks);
 }
@@ -165,22 +154,6 @@ void dissimilar_gradient(const Sorted<T>& s, const TileSums<T>& sums, T weight, 
     }
 }
 
-/// Adds the gradient of the similar mean in some columns of a group's rows, `weight` being d loss / d KL of a pair.
-template <class T>
-void add_similar_gradient(const Loss<T>& a, const Sorted<T>& s, double weight, int64_t group, int64_t column, int columns) {
-    const GroupColumns mean(s, group, column, columns);
-    const auto n = static_cast<double>(s.first[group + 1] - s.first[group]);
-    for (int64_t i = s.first[group]; i < s.first[group + 1]; ++i) {
-        T* grad = a.grad_log_p + s.entry[i].row * s.k + column;
-        for (int c = 0; c < columns; ++c) {
-            const int64_t at = i * s.width + column + c;
-            const auto p = static_cast<double>(s.p[at]), log_p = static_cast<double>(s.log_p[at]);
-            const double both = n * (p * (log_p - mean.log_p[c]) + p - mean.p[c]);
-            grad[c] += static_cast<T>(weight * (a.detach_target ? p - n * mean.p[c] : both));
-        }
-    }
-}
-
 /// The dissimilar pairs' sum of [m - KL]+; with it, their part of the gradient.
 template <class T>
 double pull_apart(const Loss<T>& a, const Sorted<T>& s, double pairs, const Context& context) {
@@ -204,14 +177,7 @@ void loss(const Loss<T>& a, const Context& context) {
     for (int64_t i = 0; with_grad && i < a.batch.b * a.batch.k; ++i) a.grad_log_p[i] = 0;
     if (dissimilar > 0)
         total += 2 * (with_grad ? pull_apart(a, s, dissimilar, context) : dissimilar_pairs(s, context)) / dissimilar;
-    if (similar > 0) {
-        total += 2 * similar_pairs(s, context) / similar;
-        if (with_grad)
-            for_column_chunks(s, [&](int64_t, int64_t column, int columns) {
-                for (int64_t group = 0; group < s.groups; ++group)
-                    add_similar_gradient(a, s, 2 / similar, group, column, columns);
-            });
-    }
+    if (similar > 0) total += 2 * similar_pairs(s, 2 / similar, a.detach_target, a.grad_log_p, context) / similar;
     *a.loss = static_cast<T>(total);
 }
 

@@ -79,7 +79,7 @@ double hinge(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile, With
 
 /// The sum of [m - KL_ij]+ over the tile, and which pairs are in it.
 template <class T>
-double hinge_tile(const Sorted<T>& s, int64_t i_block, int64_t j_block, Within& within) {
+double product_tile(const Sorted<T>& s, int64_t i_block, int64_t j_block, Within& within) {
     alignas(64) T tile[kPairs];
     multiply(s, i_block, j_block, tile);
     return hinge(s, i_block, j_block, tile, within);
