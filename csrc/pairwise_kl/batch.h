@@ -28,6 +28,8 @@ template <class T>
 struct Simd {
     static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
     typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
+    using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Integer Integers __attribute__((vector_size(kVectorBytes), may_alias));
 };
 
 template <class T>
@@ -48,6 +50,7 @@ struct Entry {
 
 template <class T>
 struct Sorted {
+    T margin;
     int64_t b;                 // rows in some pair
     int64_t blocks;            // of kBlock rows
     int64_t k, width;          // K, and K rounded up to whole vectors
@@ -60,7 +63,7 @@ struct Sorted {
     T* entropy;                // (padded) sum_k p log p; beyond B so large that no pair counts
     T* limit;                  // (padded) the margin; beyond B so small that no pair counts
     bool* has_zero;            // (blocks) whether some probability in it is 0
-    int32_t* group;            // (padded) equal where labels are equal
+    typename Simd<T>::Integer* group;  // (padded) equal where labels are equal, ascending
     int64_t groups;
     int64_t* first;  // (groups + 1) first row of each group
     Codes codes;     // if kHasCodes
@@ -106,7 +109,7 @@ void fill_padding(const Sorted<T>& s, int64_t i) {
     for (int64_t c = 0; c < s.k; ++c) transposed_row(s, i)[c * kBlock] = 0;
     s.entropy[i] = -kLogZero<T>;
     s.limit[i] = kLogZero<T>;
-    s.group[i] = -1;
+    s.group[i] = static_cast<typename Simd<T>::Integer>(s.groups);
 }
 
 template <class T>
@@ -126,6 +129,7 @@ void fill_block(const Batch<T>& batch, const Sorted<T>& s, int64_t block) {
 template <class T>
 Sorted<T> sort_by_label(const Batch<T>& batch, const Context& context) {
     Sorted<T> s{};
+    s.margin = batch.margin;
     s.entry = context.scratch<Entry>(batch.b);
     for (int64_t row = 0; row < batch.b; ++row)
         if (batch.labels[row] >= 0) s.entry[s.b++] = {batch.labels[row], row};
@@ -142,11 +146,11 @@ Sorted<T> sort_by_label(const Batch<T>& batch, const Context& context) {
     s.block_p = context.scratch<T>(s.blocks * s.width);
     s.block_log_p = context.scratch<T>(s.blocks * s.width);
     s.has_zero = context.scratch<bool>(s.blocks);
-    s.group = context.scratch<int32_t>(s.padded);
+    s.group = context.scratch<typename Simd<T>::Integer>(s.padded);
     s.first = context.scratch<int64_t>(s.b + 1);
     for (int64_t i = 0; i < s.b; ++i) {
         if (i == 0 || s.entry[i].label != s.entry[i - 1].label) s.first[s.groups++] = i;
-        s.group[i] = static_cast<int32_t>(s.groups - 1);
+        s.group[i] = static_cast<typename Simd<T>::Integer>(s.groups - 1);
     }
     s.first[s.groups] = s.b;
     if (kHasCodes<T> && s.k >= Codes::kLeastColumns && s.k <= quantised::kMaxDepth)

@@ -22,27 +22,37 @@ inline void multiply_codes(const Codes& codes, int64_t i_block, int64_t j_block,
                 codes.steps, kStart, products + row * kBlock + column, kBlock);
 }
 
-/// The pairs that the codes show to be within the margin, and those that they do not decide.
+/// Columns of the block at j that have the label of row i or are beyond the batch, one bit each.
+inline uint64_t not_in_pairs(const Sorted<float>& s, int64_t i, int64_t j) {
+    const auto from = [&](int64_t row) { return row <= j ? ~uint64_t{0} : row - j >= kBlock ? 0 : ~uint64_t{0} << (row - j); };
+    const uint64_t beyond = from(s.b);
+    return i >= s.b ? beyond : beyond | (from(s.first[s.group[i]]) & ~from(s.first[s.group[i] + 1]));
+}
+
+/// Sets the pairs that the codes show to be within the margin, and those that they do not decide. In units of the codes of p_i,
+/// whether h_i - p_i . log p_j is below m is whether q_i . q_j scale_j + total_i / scale_i mean_j exceeds (h_i - m) / scale_i.
 inline void decide(const Sorted<float>& s, int64_t i_block, int64_t j_block, const int32_t* products, Within& within,
                    Within& open) {
-    typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
     using Vector = Simd<float>::Vector;
     constexpr int kLanes = Simd<float>::kLanes;
-    const auto columns = [&](const float* of, int v) { return reinterpret_cast<const Vector*>(of + j_block * kBlock)[v]; };
+    const Codes& codes = s.codes;
+    const int64_t j = j_block * kBlock;
+    const bool mixed = share_group(s, i_block, j_block) || s.b - j < kBlock;
     for (int i = 0; i < kBlock; ++i) {
-        const First& first = s.codes.first[i_block * kBlock + i];
-        const float entropy = s.entropy[i_block * kBlock + i];
+        const First& first = codes.first[i_block * kBlock + i];
+        const float needed = s.entropy[i_block * kBlock + i] - s.margin;
+        const float error = first.residual * codes.block_norm[j_block] + first.magnitude * codes.block_error[j_block];
+        const Vector enough = Vector{} + (needed + error) * first.inverse, scarce = Vector{} + (needed - error) * first.inverse;
         uint64_t inside = 0, outside = 0;
         for (int v = 0; v < kBlock / kLanes; ++v) {
-            const auto product = reinterpret_cast<const Integers*>(products + i * kBlock)[v];
-            const Vector exact = columns(s.limit, v) - entropy + first.total * columns(s.codes.mean, v);
-            const Vector coded = columns(s.codes.scale, v) * __builtin_convertvector(product, Vector);
-            const Vector left = exact + first.scale * coded;
-            const Vector error = first.residual * columns(s.codes.norm, v) + first.magnitude * columns(s.codes.error, v);
-            inside |= lane_bits(left > error) << v * kLanes;
-            outside |= lane_bits(left < -error) << v * kLanes;
+            const auto product = reinterpret_cast<const Simd<float>::Integers*>(products + i * kBlock)[v];
+            const Vector score =
+                __builtin_convertvector(product, Vector) * reinterpret_cast<const Vector*>(codes.scale + j)[v] +
+                first.total * reinterpret_cast<const Vector*>(codes.mean + j)[v];
+            inside |= above<float>(score, enough) << v * kLanes;
+            outside |= above<float>(scarce, score) << v * kLanes;
         }
-        outside |= alike(s, i_block * kBlock + i, j_block * kBlock);
+        if (mixed) outside |= not_in_pairs(s, i_block * kBlock + i, j);
         within.row[i] = inside & ~outside;
         open.row[i] = ~(inside | outside);
     }
@@ -55,7 +65,7 @@ inline float margin_left(const Sorted<float>& s, int64_t i, int64_t j) {
                *log_p = reinterpret_cast<const Vector*>(s.log_p + j * s.width);
     Vector sum = {};
     for (int64_t v = 0; v < s.width / Simd<float>::kLanes; ++v) sum += p[v] * log_p[v];
-    return s.limit[j] - (s.entropy[i] - quantised::sum_of_lanes(sum));
+    return s.margin - (s.entropy[i] - quantised::sum_of_lanes(sum));
 }
 
 /// Calls body(i, j) for the ones (i, j), counted from the whole batch's first row.
@@ -74,7 +84,7 @@ inline double sum_of_all(const Sorted<float>& s, int64_t i_block, int64_t j_bloc
     for (int64_t c = 0; c < s.k; ++c)
         products +=
             static_cast<double>(s.block_p[i_block * s.width + c]) * static_cast<double>(s.block_log_p[j_block * s.width + c]);
-    const double margins = static_cast<double>(rows(i_block)) * static_cast<double>(s.limit[j_block * kBlock]);
+    const double margins = static_cast<double>(rows(i_block)) * static_cast<double>(s.margin);
     return static_cast<double>(rows(j_block)) * (margins - entropies) + products;
 }
 

@@ -34,46 +34,43 @@ void multiply(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile) {
             product(p + row * s.width, s.width, log_p + column, s.k, tile + row * kBlock + column);
 }
 
-/// Columns of the block at j that have the label of row i, one bit each.
-template <class T>
-uint64_t alike(const Sorted<T>& s, int64_t i, int64_t j) {
-    if (i >= s.b) return 0;
-    const auto below = [&](int64_t end) {
-        return end <= j ? 0 : end - j >= kBlock ? ~uint64_t{0} : (uint64_t{1} << (end - j)) - 1;
-    };
-    return below(s.first[s.group[i] + 1]) & ~below(s.first[s.group[i]]);
-}
-
 template <class T>
 bool same_group(const Sorted<T>& s, int64_t i_block, int64_t j_block) {
-    const int64_t i = i_block * kBlock, j = j_block * kBlock;
-    const int32_t group = s.group[i];
-    return s.group[i + kBlock - 1] == group && s.group[j] == group && s.group[j + kBlock - 1] == group;
+    const auto *i = s.group + i_block * kBlock, *j = s.group + j_block * kBlock;
+    return i[0] == i[kBlock - 1] && j[0] == j[kBlock - 1] && i[0] == j[0];
+}
+
+/// Whether the blocks have a label in common.
+template <class T>
+bool share_group(const Sorted<T>& s, int64_t i_block, int64_t j_block) {
+    const auto *i = s.group + i_block * kBlock, *j = s.group + j_block * kBlock;
+    return i[0] <= j[kBlock - 1] && j[0] <= i[kBlock - 1];
 }
 
 /// Which pairs are within the margin by their products, and the sum of [m - KL_ij]+ over them.
 template <class T>
-double hinge(const Sorted<T>& s, int64_t i_block, int64_t j_block, T* tile, Within& within) {
+double hinge(const Sorted<T>& s, int64_t i_block, int64_t j_block, const T* tile, Within& within) {
     using Vector = typename Simd<T>::Vector;
     constexpr int kLanes = Simd<T>::kLanes, kVectors = kBlock / kLanes;
     const auto* limit = reinterpret_cast<const Vector*>(s.limit + j_block * kBlock);
+    const auto* groups = reinterpret_cast<const typename Simd<T>::Integers*>(s.group + j_block * kBlock);
+    const bool mixed = share_group(s, i_block, j_block);
     Vector sums[kVectors] = {};
     for (int i = 0; i < kBlock; ++i) {
-        for (uint64_t bits = alike(s, i_block * kBlock + i, j_block * kBlock); bits != 0; bits &= bits - 1)
-            tile[i * kBlock + std::countr_zero(bits)] = kLogZero<T>;
         const T entropy = s.entropy[i_block * kBlock + i];
+        const auto group = s.group[i_block * kBlock + i];
         const auto* row = reinterpret_cast<const Vector*>(tile + i * kBlock);
         uint64_t bits = 0;
         for (int v = 0; v < kVectors; ++v) {
-            const Vector left = limit[v] - (entropy - row[v]);
+            Vector left = limit[v] - (entropy - row[v]);
+            if (mixed) left = groups[v] == group ? Vector{} : left;
             sums[v] += left > 0 ? left : Vector{};
-            bits |= lane_bits(left > 0) << v * kLanes;
+            bits |= above<T>(left, Vector{}) << v * kLanes;
         }
         within.row[i] = bits;
     }
     double total = 0;
-    for (const Vector& sum : sums)
-        for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(sum[lane]);
+    for (const Vector& sum : sums) total += static_cast<double>(sum_of_lanes<T>(sum));
     return total;
 }
 

@@ -26,33 +26,42 @@ struct Within {
     }
 };
 
-/// The lanes that are true (all ones), lane 0 lowest.
-template <class Truth>
-inline uint64_t lane_bits(const Truth& truth) {
-    constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(truth[0]));
+/// The lanes in which a > b, lane 0 lowest.
+template <class T>
+inline uint64_t above(const typename Simd<T>::Vector& a, const typename Simd<T>::Vector& b) {
 #if defined(__AVX512F__)
-    if constexpr (kLanes == 16) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
-    if constexpr (kLanes == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(truth));
+    if constexpr (sizeof(T) == 4)
+        return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
+    else
+        return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), _CMP_GT_OQ);
 #elif defined(__AVX2__)
-    if constexpr (kLanes == 8) return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
-    if constexpr (kLanes == 4) return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(truth)));
-#endif
+    if constexpr (sizeof(T) == 4)
+        return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(a > b)));
+    else
+        return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(a > b)));
+#else
+    const auto truth = a > b;
     uint64_t bits = 0;
-    for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint64_t>(truth[lane] & 1) << lane;
+    for (int lane = 0; lane < Simd<T>::kLanes; ++lane) bits |= static_cast<uint64_t>(truth[lane] & 1) << lane;
     return bits;
+#endif
 }
 
-/// Swaps rows and columns: squares of 32 x 32, then of 16 x 16 in each of them, down to single bits.
+/// Swaps the upper right and the lower left of each square of 2 kSize x 2 kSize, then goes on in its quarters; `left` are the
+/// columns of left halves.
+template <int kSize>
+inline void swap_squares(uint64_t* row, uint64_t left) {
+    for (int square = 0; square < kBlock; square += 2 * kSize)
+        for (int i = square; i < square + kSize; ++i) {
+            const uint64_t swapped = (row[i] >> kSize ^ row[i + kSize]) & left;
+            row[i + kSize] ^= swapped;
+            row[i] ^= swapped << kSize;
+        }
+    if constexpr (kSize > 1) swap_squares<kSize / 2>(row, left ^ left << kSize / 2);
+}
+
 inline Within transposed(Within within) {
-    uint64_t* row = within.row;
-    uint64_t low = 0xffffffff;  // the columns of the left squares
-    for (int size = 32; size > 0; size /= 2, low ^= low << size)
-        for (int square = 0; square < kBlock; square += 2 * size)
-            for (int i = square; i < square + size; ++i) {
-                const uint64_t swapped = (row[i] >> size ^ row[i + size]) & low;
-                row[i + size] ^= swapped;
-                row[i] ^= swapped << size;
-            }
+    swap_squares<kBlock / 2>(within.row, 0xffffffff);
     return within;
 }
 
