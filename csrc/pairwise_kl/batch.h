@@ -3,41 +3,16 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/parallel.h"
 #include "pairwise_kl/codes.h"
-#include "pairwise_kl/exponential.h"
 #include "pairwise_kl/pairwise_kl.h"
+#include "pairwise_kl/vectors.h"
 
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 8;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kRows = 4;
-#else
-constexpr int kVectorBytes = 16, kRows = 4;
-#endif
-
 constexpr int kBlock = 64;  // rows of a tile, and its columns
-
-/// Vectors of T, and of the integers of its size that comparisons give.
-template <class T>
-struct Simd {
-    static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-    typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
-    using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    typedef Integer Integers __attribute__((vector_size(kVectorBytes), may_alias));
-};
-
-template <class T>
-T sum_of_lanes(const typename Simd<T>::Vector& lanes) {
-    T sum = 0;
-    for (int lane = 0; lane < Simd<T>::kLanes; ++lane) sum += lanes[lane];
-    return sum;
-}
 
 /// Stands for log 0: the product with any probability that counts passes every margin, and with 0 is 0.
 template <class T>
@@ -81,26 +56,25 @@ void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
     using Vector = typename Simd<T>::Vector;
     const T* from = batch.log_p + s.entry[i].row * s.k;
     T *p = s.p + i * s.width, *log_p = s.log_p + i * s.width, *transposed = transposed_row(s, i);
-    bool has_zero = false;
-    for (int64_t c = 0; c < s.k; ++c) {
-        log_p[c] = from[c] > kLogZero<T> ? from[c] : kLogZero<T>;
-        p[c] = exponential(log_p[c]);
-        has_zero |= log_p[c] == kLogZero<T>;
-    }
+    for (int64_t c = 0; c < s.k; ++c) log_p[c] = from[c] > kLogZero<T> ? from[c] : kLogZero<T>;
     for (int64_t c = 0; c < s.k; ++c) transposed[c * kBlock] = log_p[c];
-    for (int64_t c = s.k; c < s.width; ++c) p[c] = log_p[c] = 0;
+    for (int64_t c = s.k; c < s.width; ++c) log_p[c] = 0;
+    exponentials(log_p, s.width, p);
+    for (int64_t c = s.k; c < s.width; ++c) p[c] = 0;
     auto *block_p = reinterpret_cast<Vector*>(s.block_p + i / kBlock * s.width),
          *block_log_p = reinterpret_cast<Vector*>(s.block_log_p + i / kBlock * s.width);
     Vector products = {};
+    typename Simd<T>::Integers zeros = {};
     for (int64_t v = 0; v < s.width / Simd<T>::kLanes; ++v) {
         const Vector some_p = reinterpret_cast<const Vector*>(p)[v], some_log_p = reinterpret_cast<const Vector*>(log_p)[v];
         products += some_p * some_log_p;
+        zeros |= some_log_p == kLogZero<T>;
         block_p[v] += some_p;
         block_log_p[v] += some_log_p;
     }
     s.entropy[i] = sum_of_lanes<T>(products);
     s.limit[i] = batch.margin;
-    if (has_zero) s.has_zero[i / kBlock] = true;
+    for (int lane = 0; lane < Simd<T>::kLanes; ++lane) s.has_zero[i / kBlock] |= zeros[lane] != 0;
 }
 
 template <class T>
