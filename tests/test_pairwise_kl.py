@@ -52,7 +52,8 @@ def margin_of_rank(log_p: Tensor, share: float) -> float:
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("b", "k", "groups"), [(2, 3, 1), (2, 3, 2), (40, 1, 3), (64, 16, 4), (65, 17, 3), (200, 10, 10), (300, 100, 40)]
+    ("b", "k", "groups"),
+    [(2, 3, 1), (2, 3, 2), (40, 1, 3), (64, 16, 4), (65, 17, 3), (200, 10, 10), (300, 100, 40), (400, 30, 6)],
 )
 def test_matches_broadcasting(b, k, groups, dtype, detach, share, device):
     log_p, labels = batch(b, k, groups, dtype)
