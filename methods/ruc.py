@@ -13,6 +13,7 @@ No class is ever read but for the figures that are reported: what trains is neve
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 import time
@@ -196,7 +197,8 @@ class Learner:
         config = self.config
         refined = self.refined_labels(k)
         clean, unclean = torch.nonzero(self.clean).flatten(), torch.nonzero(~self.clean).flatten()
-        batches = cycled(clean, self.steps, min(config.batch, len(clean)))
+        draw = functools.partial(evenly, labels=self.labels) if config.balance else cycled
+        batches = draw(clean, self.steps, min(config.batch, len(clean)))
         rest = cycled(unclean, self.steps, min(config.batch, len(unclean))) if len(unclean) else [unclean] * self.steps
         totals: dict[str, Tensor] = {}
         for step, (x, u) in enumerate(zip(batches, rest, strict=True)):
@@ -422,6 +424,13 @@ def squared_error(targets: Tensor, logits: Tensor, over_classes: str) -> Tensor:
     """‖target - softmax‖² of rows (N, C), the mean over rows and the mean or the sum over classes (eq. 7)."""
     squares = (targets - logits.softmax(dim=1)).square()
     return squares.mean() if over_classes == "mean" else squares.sum(dim=1).mean()
+
+
+def evenly(indices: Tensor, n_batches: int, batch: int, labels: Tensor) -> tuple[Tensor, ...]:
+    """Batches of these images drawn with replacement, each of their labels (N,) as likely as any other."""
+    of_each = labels[indices]
+    weights = 1 / torch.bincount(of_each)[of_each]
+    return indices[torch.multinomial(weights, n_batches * batch, replacement=True)].split(batch)
 
 
 @torch.no_grad()

@@ -68,6 +68,9 @@ class Config(RunConfig):
     resnet18."""
     epochs: int = 200
     """Epochs: in each, each network sees as many batches as a pass over all images takes."""
+    balance: bool = False
+    """Draw a batch's clean images evenly over their labels, not as they come: else clusters with many of them are
+    learnt as the likelier ones, and take in their small neighbours. Not in the paper."""
     batch: int = 200
     """Clean images in a batch, and as many unclean ones: 200 for CIFAR, 100 for STL-10."""
     lr: float = 0.01

@@ -21,7 +21,7 @@ from methods.common.calibration import Judged, judge, reliability
 from methods.common.errors import UserError
 from methods.common.randaugment import RUC_OPERATIONS, rand_augment
 from methods.common.run import load_checkpoint
-from methods.ruc import Learner, clean_set, train
+from methods.ruc import Learner, clean_set, evenly, train
 from methods.ruc_settings import PRESETS, Config, as_released
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,6 +163,18 @@ def test_a_fixed_magnitude_goes_so_far_and_no_further() -> None:
         (True,) * 6 + (False,) * 2,
         (False,) * 2 + (True,) * 6,
     }
+
+
+def test_balanced_batches_hold_each_label_as_often() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 5 + [1] * 90 + [2] * 5)  # of all images; those of label 2 are not among the drawn
+    batches = evenly(torch.arange(95), n_batches=40, batch=50, labels=labels)
+    assert [len(batch) for batch in batches] == [50] * 40
+    drawn = torch.cat(batches)
+    counts = torch.bincount(labels[drawn], minlength=3).tolist()
+    assert counts[2] == 0
+    assert abs(counts[0] - 1000) < 100  # 1000 is the mean, its deviation 22
+    assert len(drawn.unique()) == 95
 
 
 # -------------------------------------------------------------------------------------------------------- the clean set
@@ -316,7 +328,9 @@ def test_a_run_mends_its_base_and_leaves_its_files(small: Config, tmp_path: Path
     assert isinstance(found.network, networks.Ensemble)
 
 
-def test_shuffled_truth_leaves_the_same_weights(small: Config, stripes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("balance", [False, True])
+def test_shuffled_truth_leaves_the_same_weights(small: Config, stripes: Path, tmp_path: Path, balance: bool) -> None:
+    small = dataclasses.replace(small, balance=balance)
     with np.load(stripes) as file:
         arrays = dict(file)
     rng = np.random.default_rng(3)
