@@ -154,6 +154,22 @@ def test_any_small_problem_ends_right(n, d, k, values, seed):
         assert float(result.inertia) == pytest.approx(0, abs=1e-20)
 
 
+@pytest.mark.parametrize("n_blobs", [8, 100])
+@pytest.mark.parametrize("max_iter", [3, 4, 6, 12])
+def test_no_row_misses_a_centroid_that_came_near(device, n_blobs, max_iter):
+    """Many clusters per blob, and many blobs, whose clusters travel far: searches leave out what cannot be nearer."""
+    x = blobs(200 * 32, 24, n_blobs=n_blobs, dtype=torch.float32)
+    init = torch.stack([x[seed * 200 : (seed + 1) * 200] for seed in range(2)])[None]
+    fixed = torch.where(torch.rand(len(x)) < 0.05, 7, -1)
+    for labels in (None, fixed[None].to(device)):
+        centroids, got, _, _ = ops.kmeans_lloyd(
+            x[None].to(device), init.to(device), None, labels, max_iter, 0.0, False, True
+        )
+        for start in range(2):
+            free = fixed < 0 if labels is not None else slice(None)
+            assert_nearest(x[free], centroids[0, start].cpu(), got[0, start].cpu()[free], 1e-6)
+
+
 def test_ties_go_to_the_lowest_centroid(device):
     centroids = torch.tensor([[5.0, 0], [1, 1], [1, 1], [-1, -1], [1, 1]], device=device).repeat(20, 1)
     x = torch.tensor([[1.0, 1], [0, 0], [-1, -1], [9, 0]], device=device)

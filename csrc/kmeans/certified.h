@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kmeans/codes.h"
+#include "kmeans/reach.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 
@@ -30,16 +31,23 @@ class CertifiedAssigner<float> {
     CertifiedAssigner(int64_t k, int64_t d, const Context& context)
         : staged_(context.scratch<int32_t>(kStagedLanes * quantised::steps(d))),
           products_(context.scratch<int32_t>((k + QuantisedCentres::kGroup) * kBlockRows)),
+          tops_(context.scratch<float>(QuantisedCentres::groups(k) * kBlockRows)),
+          every_(context.scratch<int32_t>(QuantisedCentres::groups(k))),
           centred_(context.scratch<float>(kBlockRows * padded_depth(d))) {
         for (int64_t i = 0; i < kStagedLanes * quantised::steps(d); ++i) staged_[i] = 0;
         for (int64_t i = 0; i < kBlockRows * padded_depth(d); ++i) centred_[i] = 0;
+        for (int64_t g = 0; g < QuantisedCentres::groups(k); ++g) every_[g] = static_cast<int32_t>(g);
     }
 
-    /// The nearest of `centres` for rows[0 .. count), ascending; how many float scores, of rows of `all`, it took to be certain
-    /// of them. Without `exact` it takes none: the best 8-bit score decides. Scores found here are upper bounds.
+    /// The nearest of `centres`, or of the groups of them that lie `within` reach, for rows[0 .. count), ascending; how many
+    /// float scores, of rows of `all`, it took to be certain of them. Without `exact` it takes none: the best 8-bit score
+    /// decides. Scores found here are upper bounds.
     int64_t assign(const QuantisedRows& data, const QuantisedCentres& centres, const QuantisedCentres& all, const float* x,
-                   const int64_t* rows, int64_t count, bool exact, const Nearest<float>& nearest) {
+                   const int64_t* rows, int64_t count, bool exact, const Nearest<float>& nearest, Within* within = nullptr) {
         const quantised::Multiplier multiplier(data.steps);
+        Within everything{every_, QuantisedCentres::groups(centres.k), nullptr};
+        within_ = within == nullptr ? &everything : within;
+        searched_ = centres.columns_of(within_->groups, within_->count);
         int64_t scored = 0;
         for (int64_t first = 0; first < count; first += kBlockRows) {
             const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
@@ -48,9 +56,10 @@ class CertifiedAssigner<float> {
             keep_highest(centres, size);
             bound(data, centres, rows + first, size);
             if (nearest.standing)
-                scored += challenge(centres, all, x, rows + first, size, nearest.from(first));
+                scored += challenge(centres, all, data, x, rows + first, size, nearest.from(first));
             else
-                scored += conclude(centres, x, rows + first, size, exact, nearest.from(first));
+                scored += conclude(centres, data, x, rows + first, size, exact, nearest.from(first));
+            if (within_->margins != nullptr) keep_margins(size);
         }
         return scored;
     }
@@ -62,7 +71,7 @@ class CertifiedAssigner<float> {
             open_count_ = count - first < kBlockRows ? count - first : kBlockRows;
             for (int64_t i = 0; i < open_count_; ++i) open_[i] = static_cast<int32_t>(i);
             for (int64_t i = 0; i < open_count_; ++i) {
-                fetch_open(i, centres, x, rows + first);
+                fetch_open(i, centres, data, x, rows + first);
                 rank_rivals(data.how[rows[first + i]], centres, i, nearest.from(first + i));
             }
         }
@@ -114,35 +123,43 @@ class CertifiedAssigner<float> {
         }
         if (4 * open_count_ < count) return;
         for (int64_t i = 0; i < count; ++i)
-            for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(x + rows[i] * centres.d + j);
+            for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(data.vector(x, rows[i]) + j);
     }
 
     /// The highest scores of each staged row, to best_.
     void keep_highest(const QuantisedCentres& centres, int64_t count) {
-        for (int64_t first = 0; first < centres.k; first += kChunk) {
-            const int64_t last = first + kChunk < centres.k ? first + kChunk : centres.k;
+        constexpr int64_t kGroups = kChunk / QuantisedCentres::kGroup;
+        for (int64_t g = 0, last; g < within_->count; g = last) {
+            const int64_t chunk = within_->groups[g] / kGroups;
+            for (last = g + 1; last < within_->count && within_->groups[last] / kGroups == chunk;) ++last;
             if (count <= kLanes)
-                keep_highest<1>(centres, first, last);
+                keep_highest<1>(centres, g, last);
             else if (count <= 2 * kLanes)
-                keep_highest<2>(centres, first, last);
+                keep_highest<2>(centres, g, last);
             else
-                keep_highest<3>(centres, first, last);
-            merge(first, count);
+                keep_highest<3>(centres, g, last);
+            merge(chunk * kChunk, count);
         }
     }
 
-    /// The same among centroids [first, last), to highest_.
+    /// The same among the groups [first, last) of those within reach, all of one chunk, to highest_.
     template <int Panels>
     void keep_highest(const QuantisedCentres& centres, int64_t first, int64_t last) {
+        constexpr int64_t kGroup = QuantisedCentres::kGroup;
         for (auto& of_lanes : highest_)
             for (int64_t i = 0; i < Panels * kLanes; ++i) of_lanes[i] = kNone;
-        for (int64_t column = first; column < last; column += QuantisedCentres::kGroup) {
-            const int64_t size = last - column < QuantisedCentres::kGroup ? last - column : QuantisedCentres::kGroup;
+        for (int64_t g = first; g < last; ++g) {
+            const int64_t column = within_->groups[g] * kGroup;
+            const int64_t size = centres.k - column < kGroup ? centres.k - column : kGroup;
             int32_t* products = products_ + column * kBlockRows;
             multiply_group<Panels>(centres.group_of(column), size, centres.steps, products);
-            for (int panel = 0; panel < Panels; ++panel)
-                keep_group(products + panel * kLanes, centres.halves + column, static_cast<int32_t>(column - first), size,
-                           panel * kLanes);
+            float* tops = within_->margins == nullptr ? nullptr : tops_ + within_->groups[g] * kBlockRows;
+            const auto index = static_cast<int32_t>(column % kChunk);
+            for (int lane = 0; lane < Panels * kLanes; lane += kLanes)
+                if (tops == nullptr)
+                    keep_group<false>(products + lane, centres.halves + column, index, size, lane, nullptr);
+                else
+                    keep_group<true>(products + lane, centres.halves + column, index, size, lane, tops + lane);
         }
     }
 
@@ -164,10 +181,12 @@ class CertifiedAssigner<float> {
         return _mm512_fnmadd_ps(_mm512_set1_ps(half), inverse, _mm512_cvtepi32_ps(_mm512_loadu_si512(products)));
     }
 
-    void keep_group(const int32_t* products, const float* halves, int32_t index, int64_t size, int64_t lane) {
+    /// The highest scores of 16 rows with a group of centroids join highest_; the highest of the group goes to `tops`.
+    template <bool kTops>
+    void keep_group(const int32_t* products, const float* halves, int32_t index, int64_t size, int64_t lane, float* tops) {
         const __m512 inverse = _mm512_loadu_ps(inverses_ + lane);
         const __m512i index_bits = _mm512_set1_epi32(kChunk - 1);
-        __m512 kept[kKept];
+        __m512 kept[kKept], top = _mm512_set1_ps(kNone);
         for (int t = 0; t < kKept; ++t) kept[t] = _mm512_loadu_ps(highest_[t] + lane);
         for (int64_t i = 0; i < size; ++i) {
             const __m512 score = scores(products + i * kBlockRows, halves[i], inverse);
@@ -175,6 +194,7 @@ class CertifiedAssigner<float> {
             constexpr int kSelect = 0xCA;  // of three bits a, b, c: a ? b : c
             __m512 tagged =
                 _mm512_castsi512_ps(_mm512_ternarylogic_epi32(index_bits, own, _mm512_castps_si512(score), kSelect));
+            if constexpr (kTops) top = _mm512_max_ps(top, tagged);
 #pragma GCC unroll 4
             for (int t = 0; t < kKept; ++t) {
                 const __m512 lower = _mm512_min_ps(tagged, kept[t]);
@@ -183,6 +203,7 @@ class CertifiedAssigner<float> {
             }
         }
         for (int t = 0; t < kKept; ++t) _mm512_storeu_ps(highest_[t] + lane, kept[t]);
+        if constexpr (kTops) _mm512_storeu_ps(tops, top);
     }
 
     /// highest_, of the chunk of centroids from `first` on, joins best_.
@@ -223,18 +244,50 @@ class CertifiedAssigner<float> {
     /// |c|^2 - 2 x.c of what scores at most t, its bound included: at least that.
     float beyond(int64_t i, float t) const { return -2 * units_[i] * (t + bounds_[i]); }
 
+    /// What the groups' highest scores say of them, to the margins that were asked for.
+    void keep_margins(int64_t count) {
+        Within& within = *within_;
+        __m512 slopes[3], starts[3];  // of |c|^2 - 2 x.c less that of the nearest, at least, by the 8-bit score
+        for (int panel = 0; panel < 3; ++panel) {
+            const __m512 unit = _mm512_mul_ps(_mm512_set1_ps(-2), _mm512_loadu_ps(units_ + panel * kLanes));
+            slopes[panel] = unit;
+            starts[panel] =
+                _mm512_fmsub_ps(unit, _mm512_loadu_ps(bounds_ + panel * kLanes), _mm512_loadu_ps(ranked_[0] + panel * kLanes));
+        }
+        bool bounded = true;
+        for (int64_t i = 0; i < count; ++i) {
+            const float distance = ranked_[0][i] + squares_[i];
+            bounded &= distance < __builtin_inff() && bounds_[i] < __builtin_inff();
+            within.distance = distance > within.distance ? distance : within.distance;
+            within.square = squares_[i] > within.square ? squares_[i] : within.square;
+        }
+        for (int64_t i = 0; i < within.count; ++i) {
+            const int64_t g = within.groups[i];
+            __m512 margin = _mm512_set1_ps(__builtin_inff());
+            for (int panel = 0; panel < 3 && panel * kLanes < count; ++panel) {
+                const int64_t left = count - panel * kLanes;
+                const auto lanes = static_cast<__mmask16>(left < kLanes ? (1U << left) - 1 : 0xFFFF);
+                const __m512 top = _mm512_loadu_ps(tops_ + g * kBlockRows + panel * kLanes);
+                margin = _mm512_mask_min_ps(margin, lanes, margin, _mm512_fmadd_ps(slopes[panel], top, starts[panel]));
+            }
+            const float least = bounded ? _mm512_reduce_min_ps(margin) : -__builtin_inff();
+            within.margins[g] = least < within.margins[g] ? least : within.margins[g];
+        }
+    }
+
     /// From best_; where the bound leaves more than one centroid, from float scores.
-    int64_t conclude(const QuantisedCentres& centres, const float* x, const int64_t* rows, int64_t count, bool exact,
-                     const Nearest<float>& nearest) {
+    int64_t conclude(const QuantisedCentres& centres, const QuantisedRows& data, const float* x, const int64_t* rows,
+                     int64_t count, bool exact, const Nearest<float>& nearest) {
         for (int64_t i = 0; i < count; ++i) ranked_[0][i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
         for (int t = 0; t <= kRivals; ++t)
-            for (int64_t i = 0; i < count; ++i) labels_[t][i] = index_[t < centres.k ? t : 0][i];
+            for (int64_t i = 0; i < count; ++i)
+                labels_[t][i] = static_cast<int32_t>(centres.id(index_[t < searched_ ? t : 0][i]));
         for (int t = 1; t <= kRivals; ++t)
-            for (int64_t i = 0; i < count; ++i) ranked_[t][i] = t < centres.k ? beyond(i, best_[t][i]) : __builtin_inff();
+            for (int64_t i = 0; i < count; ++i) ranked_[t][i] = t < searched_ ? beyond(i, best_[t][i]) : __builtin_inff();
         for (int64_t i = 0; i < count; ++i) farther_[i] = beyond(i, best_[kKept - 1][i]);
         open_count_ = 0;
         for (int64_t i = 0; i < count; ++i) leave_open(i, exact && !(best_[1][i] < best_[0][i] - 2 * bounds_[i]));
-        const int64_t scored = settle(centres, x, rows);
+        const int64_t scored = settle(centres, data, x, rows);
         for (int64_t i = 0; i < count; ++i) nearest.labels[i] = labels_[0][i];
         for (int64_t i = 0; i < count; ++i) nearest.scores[i] = ranked_[0][i];
         for (int64_t i = 0; i < count; ++i) ranked_[1][i] = ranked_[2][i] < ranked_[1][i] ? ranked_[2][i] : ranked_[1][i];
@@ -251,15 +304,15 @@ class CertifiedAssigner<float> {
     }
 
     /// Float scores for the open rows, whose second score lies within twice the bound of the first, or which have no bound.
-    int64_t settle(const QuantisedCentres& centres, const float* x, const int64_t* rows) {
+    int64_t settle(const QuantisedCentres& centres, const QuantisedRows& data, const float* x, const int64_t* rows) {
         int64_t scored = 0;
         for (int64_t o = 0; o < open_count_; ++o, ++scored) {
-            const int64_t i = fetch_open(o, centres, x, rows);
-            ranked_[0][i] = score(centres, i, labels_[0][i]);
+            const int64_t i = fetch_open(o, centres, data, x, rows);
+            ranked_[0][i] = score(centres, i, centres.column(labels_[0][i]));
             const float least = ranked_[0][i] / (-2 * units_[i]) - bounds_[i];
             if (best_[kKept - 1][i] < least) {
                 for (int t = 1; t < kKept && !(best_[t][i] < least); ++t, ++scored) {
-                    ranked_[t][i] = score(centres, i, labels_[t][i]);
+                    ranked_[t][i] = score(centres, i, centres.column(labels_[t][i]));
                     if (comes_first(i, t, 0)) exchange(i, t, 0);
                 }
             } else {
@@ -271,8 +324,8 @@ class CertifiedAssigner<float> {
     }
 
     /// The nearest so far against centroids that have moved.
-    int64_t challenge(const QuantisedCentres& centres, const QuantisedCentres& all, const float* x, const int64_t* rows,
-                      int64_t count, const Nearest<float>& nearest) {
+    int64_t challenge(const QuantisedCentres& centres, const QuantisedCentres& all, const QuantisedRows& data, const float* x,
+                      const int64_t* rows, int64_t count, const Nearest<float>& nearest) {
         int64_t scored = 0;
         open_count_ = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -280,25 +333,39 @@ class CertifiedAssigner<float> {
                 ranked_[t][i] = t == 0 ? nearest.scores[i] : __builtin_inff();
                 labels_[t][i] = static_cast<int32_t>(nearest.labels[i]);
             }
-            farther_[i] = beyond(i, best_[0][i]);
-            leave_open(i, !(best_[0][i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]));
+            challengers_[i] = highest_challenger(centres, i, nearest);
+            farther_[i] = beyond(i, challengers_[i]);
+            leave_open(i, !(challengers_[i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]));
         }
         for (int64_t o = 0; o < open_count_; ++o, ++scored) {
-            const int64_t i = fetch_open(o, centres, x, rows);
-            ranked_[0][i] = score(all, i, labels_[0][i]);
+            const int64_t i = fetch_open(o, centres, data, x, rows);
+            ranked_[0][i] = score(all, i, all.column(labels_[0][i]));
             const float least = ranked_[0][i] / (-2 * units_[i]) - bounds_[i];
-            if (!(best_[0][i] < least)) look_again(i, least);
+            if (!(challengers_[i] < least)) look_again(i, least);
         }
         scored += score_possible(centres);
         for (int64_t i = 0; i < count; ++i) {
             for (int t = 1; t <= kRivals; ++t) farther_[i] = ranked_[t][i] < farther_[i] ? ranked_[t][i] : farther_[i];
             const float gap = distance_gap(ranked_[0][i], farther_[i], squares_[i], centres.d);
-            nearest.labels[i] = labels_[0][i];
-            nearest.scores[i] = ranked_[0][i];
             nearest.gaps[i] = gap < nearest.gaps[i] ? gap : nearest.gaps[i];
+            nearest.scores[i] = ranked_[0][i];
+            if (labels_[0][i] == nearest.labels[i]) continue;
+            nearest.gaps[i] = nearest.leads[i] < nearest.gaps[i] ? nearest.leads[i] : nearest.gaps[i];
+            nearest.labels[i] = labels_[0][i];
             nearest.without_rivals(i);
         }
         return scored;
+    }
+
+    /// The best 8-bit score but for the nearest centroid's own and its rivals', of which is known what they can reach.
+    float highest_challenger(const QuantisedCentres& centres, int64_t i, const Nearest<float>& nearest) const {
+        int t = 0;
+        for (; t < kKept - 1; ++t) {
+            if (!(best_[t][i] > kNone)) break;
+            const auto id = static_cast<int32_t>(centres.id(index_[t][i]));
+            if (id != nearest.labels[i] && id != nearest.rivals[0][i] && id != nearest.rivals[1][i]) break;
+        }
+        return best_[t][i];
     }
 
     void rank_rivals(const quantised::Quantised& how, const QuantisedCentres& centres, int64_t i,
@@ -306,7 +373,8 @@ class CertifiedAssigner<float> {
         const auto before = static_cast<int32_t>(*nearest.labels);
         for (int t = 0; t <= kRivals; ++t) {
             labels_[t][i] = t == 0 ? before : *nearest.rivals[t - 1];
-            ranked_[t][i] = t > 0 && labels_[t][i] == before ? __builtin_inff() : score(centres, i, labels_[t][i]);
+            ranked_[t][i] =
+                t > 0 && labels_[t][i] == before ? __builtin_inff() : score(centres, i, centres.column(labels_[t][i]));
         }
         const float score_before = ranked_[0][i], length = how.norm + how.residual, square = length * length;
         for (int t = 1; t <= kRivals; ++t)
@@ -332,16 +400,25 @@ class CertifiedAssigner<float> {
     int64_t score_possible(const QuantisedCentres& centres) {
         int64_t scored = 0;
         for (int64_t lane = 0; lane < kBlockRows; lane += kLanes) {
-            const __m512 inverse = _mm512_loadu_ps(inverses_ + lane), least = _mm512_loadu_ps(least_ + lane);
+            const __m512 least = _mm512_loadu_ps(least_ + lane);
             const __mmask16 open = _mm512_cmp_ps_mask(least, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
             if (open == 0) continue;
-            for (int64_t column = 0; column < centres.k; ++column) {
-                const __m512 score_of = scores(products_ + column * kBlockRows + lane, centres.halves[column], inverse);
-                unsigned possible = _mm512_mask_cmp_ps_mask(open, score_of, least, _CMP_NLT_UQ);
-                for (; possible != 0; possible &= possible - 1, ++scored) {
-                    const int64_t i = lane + __builtin_ctz(possible);
-                    join(score(centres, i, column), static_cast<int32_t>(centres.id(column)), i);
-                }
+            for (int64_t g = 0; g < within_->count; ++g) scored += score_possible(centres, within_->groups[g], lane, open);
+        }
+        return scored;
+    }
+
+    /// The same of one group, for the `open` of 16 lanes.
+    int64_t score_possible(const QuantisedCentres& centres, int64_t group, int64_t lane, __mmask16 open) {
+        const __m512 inverse = _mm512_loadu_ps(inverses_ + lane), least = _mm512_loadu_ps(least_ + lane);
+        const int64_t first = group * QuantisedCentres::kGroup, end = first + QuantisedCentres::kGroup;
+        int64_t scored = 0;
+        for (int64_t column = first; column < end && column < centres.k; ++column) {
+            const __m512 score_of = scores(products_ + column * kBlockRows + lane, centres.halves[column], inverse);
+            unsigned possible = _mm512_mask_cmp_ps_mask(open, score_of, least, _CMP_NLT_UQ);
+            for (; possible != 0; possible &= possible - 1, ++scored) {
+                const int64_t i = lane + __builtin_ctz(possible);
+                join(score(centres, i, column), static_cast<int32_t>(centres.id(column)), i);
             }
         }
         return scored;
@@ -376,24 +453,28 @@ class CertifiedAssigner<float> {
     }
 
     /// Has the o-th open row centred, and those after it on their way: they lie apart in memory. Gives its lane.
-    int64_t fetch_open(int64_t o, const QuantisedCentres& centres, const float* x, const int64_t* rows) {
+    int64_t fetch_open(int64_t o, const QuantisedCentres& centres, const QuantisedRows& data, const float* x,
+                       const int64_t* rows) {
         constexpr int64_t kAhead = 4;
         for (int64_t next = o == 0 ? 1 : o + kAhead; next <= o + kAhead && next < open_count_; ++next)
-            for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(x + rows[open_[next]] * centres.d + j);
-        centre(x + rows[open_[o]] * centres.d, centres, open_[o]);
-        return open_[o];
+            for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(data.vector(x, rows[open_[next]]) + j);
+        const int64_t i = open_[o];
+        vectors_[i] = data.vector(x, rows[i]);
+        if (data.sorted == nullptr) vectors_[i] = centre(vectors_[i], centres, i);
+        return i;
     }
 
-    void centre(const float* __restrict x, const QuantisedCentres& centres, int64_t i) {
+    const float* centre(const float* __restrict x, const QuantisedCentres& centres, int64_t i) {
         const float* __restrict shift = centres.shift;
         float* __restrict v = centred_ + i * padded_depth(centres.d);
         for (int64_t j = 0; j < centres.d; ++j) v[j] = x[j] - shift[j];
+        return v;
     }
 
     /// |c|^2 - 2 x.c of lane i.
     float score(const QuantisedCentres& centres, int64_t i, int64_t column) const {
         const int64_t width = padded_depth(centres.d);
-        const float *v = centred_ + i * width, *w = centres.row(column);
+        const float *v = vectors_[i], *w = centres.row(column);
         __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
         int64_t j = 0;
         for (; j + 32 <= width; j += 32) {
@@ -407,12 +488,17 @@ class CertifiedAssigner<float> {
     struct {
         const uint8_t* panels;
         int64_t step_bytes, panel_bytes;
-    } codes_{};                     // of the block's rows
-    int32_t* staged_;               // (steps, kStagedLanes) them, where they do not stand together
-    int32_t* products_;             // (K and the rest of its last group, kBlockRows)
-    float* centred_;                // (kBlockRows, padded D) the rows that float scores are taken of
-    int32_t open_[kBlockRows + 1];  // lanes whose bound leaves more than one centroid
-    int64_t open_count_ = 0;        // of the last block
+    } codes_{};                         // of the block's rows
+    int32_t* staged_;                   // (steps, kStagedLanes) them, where they do not stand together
+    int32_t* products_;                 // (K and the rest of its last group, kBlockRows)
+    float* tops_;                       // (groups, kBlockRows) the highest score of each group
+    int32_t* every_;                    // (groups) 0, 1, ...
+    Within* within_ = nullptr;          // of the search
+    int64_t searched_ = 0;              // centroids in it
+    float* centred_;                    // (kBlockRows, padded D) such of them as are not kept
+    const float* vectors_[kBlockRows];  // the rows less the shift, of which float scores are taken
+    int32_t open_[kBlockRows + 1];      // lanes whose bound leaves more than one centroid
+    int64_t open_count_ = 0;            // of the last block
     int32_t starts_[kBlockRows] = {};
     float inverses_[kBlockRows] = {};
     float highest_[kKept][kBlockRows];  // of a chunk, tagged with the index in it
@@ -421,6 +507,7 @@ class CertifiedAssigner<float> {
     float units_[kBlockRows], bounds_[kBlockRows], squares_[kBlockRows];  // of the scores; E; |x|^2
     float ranked_[kRivals + 1][kBlockRows];    // |c|^2 - 2 x.c of the nearest centroid, at most, and of its rivals, at least
     int32_t labels_[kRivals + 1][kBlockRows];  // which they are
+    float challengers_[kBlockRows];            // what challenge() found
     float farther_[kBlockRows];                // the same of every other centroid, at least
     float least_[kBlockRows];                  // the score that makes a centroid possible
 };

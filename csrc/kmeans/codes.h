@@ -22,35 +22,47 @@ inline int64_t padded_depth(int64_t d) {
 
 /// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
 struct QuantisedRows {
-    int64_t n, d, steps;        // of four features
-    uint8_t* panels;            // quantised.h, signed
-    int32_t* starts;            // (N)
-    quantised::Quantised* how;  // (N)
-    float* centred;             // one padded row per piece
+    int64_t n, d, steps;            // of four features
+    uint8_t* panels;                // quantised.h, signed
+    int32_t* starts;                // (N)
+    quantised::Quantised* how;      // (N)
+    float* centred;                 // one padded row per piece
+    float* kept;                    // (N, padded D) room for
+    const float* sorted = nullptr;  // the rows less the shift; null where they stand in their own order, and are not kept
 
-    QuantisedRows(int64_t n_, int64_t d_, int pieces, const Context& context)
+    QuantisedRows(int64_t n_, int64_t d_, bool sorts, int pieces, const Context& context)
         : n(n_),
           d(d_),
           steps(quantised::steps(d_)),
           panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes())),
           starts(context.scratch<int32_t>(n_)),
           how(context.scratch<quantised::Quantised>(n_)),
-          centred(context.scratch<float>(pieces * padded_depth(d_))) {}
+          centred(context.scratch<float>(pieces * padded_depth(d_))),
+          kept(sorts ? context.scratch<float>(n_ * padded_depth(d_)) : nullptr) {}
 
     static constexpr int64_t kLanes = quantised::kWidth;
     int64_t panel_bytes() const { return kLanes * 4 * steps; }
     uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(); }
 
-    void prepare(int pieces, const float* x, const float* shift) {
+    /// Row i, less the shift where that is kept.
+    const float* vector(const float* x, int64_t i) const {
+        return sorted == nullptr ? x + i * d : sorted + i * padded_depth(d);
+    }
+
+    /// Takes in the rows of x in the order given, which is kept with them, or their own.
+    void prepare(int pieces, const float* x, const float* shift, const int64_t* order) {
+        sorted = order == nullptr ? nullptr : kept;
         for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
             float* v = centred + piece * padded_depth(d);
-            for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
-            for (int64_t row = first * kSpanRows; first < last && row < span_end(last - 1, n); ++row) {
-                for (int64_t j = 0; j < d; ++j) v[j] = x[row * d + j] - shift[j];
-                uint8_t* lane = panel_of(row) + row % kLanes * 4;
+            for (int64_t i = first * kSpanRows; first < last && i < span_end(last - 1, n); ++i) {
+                if (order != nullptr) v = kept + i * padded_depth(d);
+                const float* row = x + (order == nullptr ? i : order[i]) * d;
+                for (int64_t j = 0; j < d; ++j) v[j] = row[j] - shift[j];
+                for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
+                uint8_t* lane = panel_of(i) + i % kLanes * 4;
                 const float scale = quantised::scale_for(quantised::largest_magnitude(v, d));
-                how[row] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + row);
-                starts[row] *= -128;
+                how[i] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + i);
+                starts[i] *= -128;
             }
         });
     }
@@ -60,14 +72,15 @@ struct QuantisedRows {
 struct QuantisedCentres {
     static constexpr int kGroup = quantised::group_rows(8);  // centroids of a tile
 
-    int64_t k, d, steps;           // of four features
-    const int64_t* ids = nullptr;  // (k) ascending, of the centroids that are here; null: all
+    int64_t k, d, steps;               // of four features
+    const int64_t* ids = nullptr;      // (k) of the centroids that are here; null: all in order
+    const int32_t* columns = nullptr;  // (k) the column of each where all are here; null: in order
     const float* shift;
     float* centred;                           // (K, padded D) c - shift
     float* squares;                           // (K) |c - shift|^2
     float* halves;                            // (K) h
     float* tops;                              // (K) the largest coordinate's magnitude, later |c - c~|
-    uint8_t* groups;                          // quantised.h, unsigned, in groups of kGroup
+    uint8_t* codes;                           // quantised.h, unsigned, in groups of kGroup
     float scale = 1, norm = 0, residual = 0;  // of all: scale, max |c|, max |c - c~|
 
     QuantisedCentres(int64_t k_, int64_t d_, const float* shift_, const Context& context)
@@ -79,12 +92,20 @@ struct QuantisedCentres {
           squares(context.scratch<float>(k_)),
           halves(context.scratch<float>(k_)),
           tops(context.scratch<float>(k_)),
-          groups(context.scratch<uint8_t>((k_ + kGroup - 1) / kGroup * group_bytes())) {}
+          codes(context.scratch<uint8_t>(groups(k_) * group_bytes())) {}
 
     int64_t group_bytes() const { return kGroup * 4 * steps; }
-    uint8_t* group_of(int64_t column) const { return groups + column / kGroup * group_bytes(); }
+    uint8_t* group_of(int64_t column) const { return codes + column / kGroup * group_bytes(); }
     const float* row(int64_t column) const { return centred + column * padded_depth(d); }
     int64_t id(int64_t column) const { return ids == nullptr ? column : ids[column]; }
+    int64_t column(int64_t id) const { return columns == nullptr ? id : columns[id]; }
+    static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
+
+    /// How many centroids `count` groups of them hold, ascending.
+    int64_t columns_of(const int32_t* of_groups, int64_t count) const {
+        const int64_t missing = count > 0 && of_groups[count - 1] == groups(k) - 1 ? groups(k) * kGroup - k : 0;
+        return count * kGroup - missing;
+    }
 
     void prepare(int pieces, const float* centroids, const int64_t* ids_, int64_t count) {
         ids = ids_, k = count;
@@ -105,9 +126,9 @@ struct QuantisedCentres {
         for_pieces(pieces, k, [&](int, int64_t first, int64_t last) {
             for (int64_t column = first; column < last; ++column) {
                 int32_t sum;
-                uint8_t* codes = group_of(column) + column % kGroup * quantised::row_stride(steps) * 4;
+                uint8_t* lane = group_of(column) + column % kGroup * quantised::row_stride(steps) * 4;
                 tops[column] =
-                    quantised::quantise(row(column), d, scale, 128, codes, quantised::step_stride(kGroup) * 4, &sum).residual;
+                    quantised::quantise(row(column), d, scale, 128, lane, quantised::step_stride(kGroup) * 4, &sum).residual;
                 halves[column] = squares[column] / (2 * scale);
             }
         });

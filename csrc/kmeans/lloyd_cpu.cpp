@@ -1,4 +1,7 @@
 #include <algorithm>
+#include <functional>
+#include <span>
+#include <utility>
 
 #include "kmeans/kmeans_cpu.h"
 #include "kmeans/search.h"
@@ -14,6 +17,12 @@ struct Candidate {
     bool operator<(const Candidate& other) const {
         return distance != other.distance ? distance > other.distance : row < other.row;
     }
+};
+
+/// A row that a pass relabelled.
+struct Change {
+    int64_t row;
+    int32_t from, to;
 };
 
 /// Runs Lloyd's iteration for one problem and start after another, with `pieces` threads.
@@ -34,14 +43,18 @@ class Solver {
           moves_(context.scratch<T>(a.k)),
           losses_(context.scratch<T>(a.k)),
           moved_(context.scratch<int64_t>(a.k)),
+          far_(context.scratch<int64_t>(a.k)),
+          sorted_moves_(context.scratch<T>(a.k)),
           scores_(context.scratch<T>(a.n)),
           rivals_{context.scratch<int32_t>(a.n), context.scratch<int32_t>(a.n)},
           leads_(context.scratch<T>(a.n)),
           gaps_(context.scratch<T>(a.n)),
           moments_(context.scratch<double>(a.d)),
           partial_(context.scratch<double>(span_count(a.n))),
+          nearest_(context.scratch<int32_t>(a.n)),
           previous_(context.scratch<int32_t>(a.n)),
           changed_(context.scratch<int64_t>(span_count(a.n))),
+          changes_(context.scratch<Change>(a.n / 2)),
           candidates_(context.scratch<Candidate>(a.n)),
           search_(a.n, a.k, a.d, a.max_iter + 1, a.exact, pieces, context) {}
 
@@ -59,13 +72,15 @@ class Solver {
             for (int64_t i = 0; i < a_.k * a_.d; ++i) centroids_[i] = init[i];
             search_.restart();
             a_.n_iter[run] = iterate();
+            tell_labels();
             a_.inertia[run] = static_cast<T>(inertia());
         }
     }
 
    private:
     int64_t iterate() {
-        for (int64_t row = 0; row < a_.n; ++row) labels_[row] = -1;
+        for (int64_t i = 0; i < a_.n; ++i) nearest_[i] = -1, gaps_[i] = 0;
+        passes_ = 0;
         moved_count_ = a_.k;
         bool fresh = false;
         for (int64_t iteration = 1; iteration <= a_.max_iter; ++iteration) {
@@ -87,22 +102,67 @@ class Solver {
         return a_.max_iter;
     }
 
+    /// Sorts the rows by label; the next pass searches for all of them.
+    void arrange() {
+        search_.arrange(centroids_, nearest_, previous_);
+        std::swap(nearest_, previous_);
+        for (int64_t i = 0; i < a_.n; ++i) scores_[i] = leads_[i] = unknown(), gaps_[i] = 0, forget_rivals(i);
+    }
+
+    /// Decides which of the centroids are far movers: a row that has kept its lead over all others is compared with them and
+    /// its rivals alone. Whether the rows should be sorted instead, because most have not kept it.
+    bool choose_far() {
+        constexpr int64_t kParts[] = {64, 16, 4}, kOverhead = 64;  // of the centroids; a search's own cost, in centroids
+        constexpr int kChoices = 3;
+        const bool may_arrange = passes_ == 2 && search_.wants_arranging();
+        T limits[kChoices];
+        int64_t keep = 0, kept[kChoices] = {};
+        std::copy(moves_, moves_ + a_.k, sorted_moves_);
+        std::sort(sorted_moves_, sorted_moves_ + a_.k, std::greater<T>());
+        for (int c = 0; c < kChoices; ++c) limits[c] = kMore * sorted_moves_[a_.k / kParts[c]];
+        if (2 * limits[kChoices - 1] > sorted_moves_[0] && !may_arrange) return false;
+        for (int64_t i = 0; i < a_.n; ++i) {
+            const T gap = gaps_[i] * kLess - moves_[nearest_[i]];
+            keep += gap > sorted_moves_[0];
+            for (int c = 0; c < kChoices; ++c) kept[c] += gap > limits[c];
+        }
+        const auto cost = [&](int c) { return (a_.n - kept[c]) * a_.k + (kept[c] - keep) * (a_.k / kParts[c] + kOverhead); };
+        int best = 0;
+        for (int c = 1; c < kChoices; ++c) best = cost(c) < cost(best) ? c : best;
+        if (may_arrange && 2 * kept[best] < a_.n) return true;
+        if (10 * cost(best) > 7 * (a_.n - keep) * a_.k) return false;
+        near_move_ = limits[best];
+        far_count_ = 0;
+        for (int64_t k = 0; k < a_.k; ++k)
+            if (moves_[k] > near_move_) far_[far_count_++] = k;
+        return false;
+    }
+
+    void tell_labels() {
+        for (int64_t i = 0; i < a_.n; ++i) labels_[search_.row(i)] = nearest_[i];
+    }
+
     /// Labels of every row; how many are not what they were, with the old ones in previous_. Where the gaps are to be trusted,
     /// a row whose nearest centroid has kept its lead over all others, whatever they moved, is not looked at (Hamerly 2010);
     /// one that has kept it over all but its rivals is compared with those alone; and one whose nearest has not moved, only
     /// with those that have.
     int64_t assign(bool trust_gaps) {
-        search_.set_centroids(centroids_);
         few_moved_ = trust_gaps && 2 * moved_count_ <= a_.k;
         with_rivals_ = search_.keeps_rivals();
-        if (few_moved_) search_.set_moved(centroids_, moved_, moved_count_);
+        near_move_ = unknown();
+        if (trust_gaps && with_rivals_ && !few_moved_ && passes_ > 0 && choose_far()) arrange();
+        ++passes_;
+        search_.set_centroids(centroids_);
+        search_.set_moves(trust_gaps ? moves_ : nullptr);
+        if (few_moved_) search_.set_moved(kMoved, centroids_, moved_, moved_count_);
+        if (near_move_ < unknown()) search_.set_moved(kFar, centroids_, far_, far_count_);
         for_pieces(pieces_, span_count(a_.n), [&](int piece, int64_t first, int64_t last) {
             for (int64_t span = first; span < last; ++span) changed_[span] = assign_span(piece, span, trust_gaps);
         });
         if (search_.adapt())
-            for (int64_t row = 0; row < a_.n; ++row) {
-                scores_[row] = unknown();
-                if (with_rivals_) forget_rivals(row);
+            for (int64_t i = 0; i < a_.n; ++i) {
+                scores_[i] = unknown();
+                if (with_rivals_) forget_rivals(i);
             }
         int64_t changed = 0;
         for (int64_t span = 0; span < span_count(a_.n); ++span) changed += changed_[span];
@@ -112,65 +172,109 @@ class Solver {
     static T unknown() { return static_cast<T>(__builtin_inf()); }
     static constexpr T kLess = static_cast<T>(1 - 4e-7), kMore = static_cast<T>(1.000001);  // for the rounding of bounds
 
-    /// The rows of a span that need a search: of all centroids, of those that moved, of their rivals.
+    /// The rows of a span that need a search: of all centroids, of those that moved, of their rivals, of those that moved far.
     struct Tasks {
-        int64_t all[kSpanRows + 1], moved[kSpanRows + 1], rivals[kSpanRows + 1];
-        int64_t all_count = 0, moved_count = 0, rivals_count = 0;
+        int64_t all[kSpanRows + 1], moved[kSpanRows + 1], rivals[kSpanRows + 1], far[kSpanRows + 1];
+        int64_t all_count = 0, moved_count = 0, rivals_count = 0, far_count = 0;
     };
 
     int64_t assign_span(int piece, int64_t span, bool trust_gaps) {
         Tasks tasks;
         int64_t changed = 0;
-        for (int64_t row = span * kSpanRows; row < span_end(span, a_.n); ++row) {
-            previous_[row] = static_cast<int32_t>(labels_[row]);
-            if (fixed_ != nullptr && fixed_[row] >= 0) {
-                changed += labels_[row] != fixed_[row];
-                labels_[row] = fixed_[row];
-            } else if (labels_[row] < 0 || !trust_gaps) {
-                tasks.all[tasks.all_count++] = row;
+        T own = 0;  // the farthest move of the rows' own centroids
+        for (int64_t i = span * kSpanRows; i < span_end(span, a_.n); ++i) {
+            previous_[i] = nearest_[i];
+            const int64_t fixed = fixed_ == nullptr ? -1 : fixed_[search_.row(i)];
+            if (fixed >= 0) {
+                changed += nearest_[i] != fixed;
+                nearest_[i] = static_cast<int32_t>(fixed);
+            } else if (nearest_[i] < 0 || !trust_gaps) {
+                tasks.all[tasks.all_count++] = i;
+            } else if (near_move_ < unknown()) {
+                give_task<true, true>(i, tasks, own);
             } else if (with_rivals_) {
-                give_task<true>(row, tasks);
+                give_task<true, false>(i, tasks, own);
             } else {
-                give_task<false>(row, tasks);
+                give_task<false, false>(i, tasks, own);
             }
         }
-        changed += search_rows(tasks.all, tasks.all_count, false,
-                               [&](const Nearest<T>& nearest) { search_.assign(piece, tasks.all, tasks.all_count, nearest); });
+        changed += search_.keeps_reach() ? search_within_reach(piece, span, own, tasks) : search_all(piece, tasks);
         changed += search_rows(tasks.rivals, tasks.rivals_count, true, [&](const Nearest<T>& nearest) {
             search_.assign_among_rivals(piece, tasks.rivals, tasks.rivals_count, nearest);
         });
         for (int64_t i = 0; with_rivals_ && i < tasks.moved_count; ++i) forget_rivals(tasks.moved[i]);
-        return changed + search_rows(tasks.moved, tasks.moved_count, true, [&](const Nearest<T>& nearest) {
-                   search_.assign_moved(piece, tasks.moved, tasks.moved_count, nearest);
-               });
+        return changed + search_moved(piece, kMoved, tasks.moved, tasks.moved_count) +
+               search_moved(piece, kFar, tasks.far, tasks.far_count);
+    }
+
+    int64_t search_moved(int piece, Moved which, const int64_t* rows, int64_t count) {
+        return search_rows(rows, count, true,
+                           [&](const Nearest<T>& nearest) { search_.assign_moved(piece, which, rows, count, nearest); });
+    }
+
+    int64_t search_all(int piece, const Tasks& tasks) {
+        return search_rows(tasks.all, tasks.all_count, false,
+                           [&](const Nearest<T>& nearest) { search_.assign(piece, tasks.all, tasks.all_count, nearest); });
+    }
+
+    /// The same among the groups of centroids in reach of the span. Where many rows need it, all take part, so that the reach
+    /// becomes known anew.
+    int64_t search_within_reach(int piece, int64_t span, T own, Tasks& tasks) {
+        Reach& reach = *search_.reach();
+        float others;
+        Within within = reach.within(piece, span, static_cast<float>(own), &others);
+        const bool learns = 4 * tasks.all_count > 3 * (span_end(span, a_.n) - span * kSpanRows);
+        if (learns) {
+            reach.ask(piece, within);
+            tasks.all_count = tasks.moved_count = tasks.rivals_count = tasks.far_count = 0;
+            for (int64_t i = span * kSpanRows; i < span_end(span, a_.n); ++i) {
+                tasks.all[tasks.all_count] = i;
+                tasks.all_count += fixed_ == nullptr || fixed_[search_.row(i)] < 0;
+            }
+        }
+        const int64_t changed = search_rows(tasks.all, tasks.all_count, false, [&](const Nearest<T>& nearest) {
+            search_.assign(piece, tasks.all, tasks.all_count, nearest, &within);
+            for (int64_t i = 0; i < tasks.all_count; ++i)
+                if (others < nearest.gaps[i]) nearest.gaps[i] = static_cast<T>(others);
+        });
+        if (learns) reach.learn(span, within);
+        return changed;
     }
 
     /// Without branches: which way a row goes is hard to foretell.
-    template <bool kWithRivals>
-    void give_task(int64_t row, Tasks& tasks) {
-        const int64_t label = labels_[row];
-        const T gap = gaps_[row] * kLess - losses_[label], score = shifts_[label] == 0 ? scores_[row] : unknown();
-        const int64_t keeps = gap > 0, stands = few_moved_ & (score < unknown()) & !keeps;
+    template <bool kWithRivals, bool kFar>
+    void give_task(int64_t row, Tasks& tasks, T& own) {
+        const int64_t label = nearest_[row];
+        own = moves_[label] > own ? moves_[label] : own;
+        const T gap = gaps_[row] * kLess - losses_[label], far_gap = gaps_[row] * kLess - (moves_[label] + near_move_);
+        const T score = shifts_[label] == 0 ? scores_[row]
+                        : kFar              ? search_.score_after(row, scores_[row], moves_[label])
+                                            : unknown();
+        const int64_t keeps = gap > 0, far = kFar & (far_gap > 0) & !keeps;
+        const int64_t stands = few_moved_ & (score < unknown()) & !keeps & !far;
         scores_[row] = score;
-        gaps_[row] = keeps ? gap : gaps_[row];
+        gaps_[row] = keeps ? gap : far ? far_gap : gaps_[row];
         if constexpr (kWithRivals) {
             const T first = moves_[rivals_[0][row]], second = moves_[rivals_[1][row]];
             const T lead = leads_[row] * kLess - (moves_[label] + (first > second ? first : second));
             const int64_t leads = lead > 0;
-            leads_[row] = keeps ? lead : leads_[row];
+            leads_[row] = keeps | far ? lead : leads_[row];
             tasks.rivals[tasks.rivals_count] = row;
-            tasks.rivals_count += keeps & ~leads;
+            tasks.rivals_count += (keeps & !leads) | (far & (!leads | !(score < unknown())));
+            tasks.far[tasks.far_count] = row;
+            tasks.far_count += far;
         }
         tasks.moved[tasks.moved_count] = row;
         tasks.moved_count += stands;
         tasks.all[tasks.all_count] = row;
-        tasks.all_count += 1 - (keeps | stands);
+        tasks.all_count += 1 - (keeps | stands | far);
     }
 
     /// What is known of the rivals as of all others.
     void forget_rivals(int64_t row) {
         if (leads_[row] < gaps_[row]) gaps_[row] = leads_[row];
         leads_[row] = unknown();
+        for (int32_t* of_rows : rivals_) of_rows[row] = nearest_[row];
     }
 
     /// Labels of rows[0 .. count) by `search`, which is told what is `known`; how many are not what they were.
@@ -181,13 +285,13 @@ class Solver {
         T scores[kSpanRows], leads[kSpanRows], gaps[kSpanRows];
         if (count == 0) return 0;
         for (int64_t i = 0; known && i < count; ++i)
-            labels[i] = labels_[rows[i]], scores[i] = scores_[rows[i]], gaps[i] = gaps_[rows[i]];
+            labels[i] = nearest_[rows[i]], scores[i] = scores_[rows[i]], gaps[i] = gaps_[rows[i]], leads[i] = leads_[rows[i]];
         for (int r = 0; known && r < kRivals; ++r)
             for (int64_t i = 0; i < count; ++i) rivals[r][i] = rivals_[r][rows[i]];
         search(Nearest<T>{labels, scores, {rivals[0], rivals[1]}, leads, gaps, known});
         for (int64_t i = 0; i < count; ++i) {
-            changed += labels_[rows[i]] != labels[i];
-            labels_[rows[i]] = labels[i], scores_[rows[i]] = scores[i], gaps_[rows[i]] = gaps[i];
+            changed += nearest_[rows[i]] != labels[i];
+            nearest_[rows[i]] = static_cast<int32_t>(labels[i]), scores_[rows[i]] = scores[i], gaps_[rows[i]] = gaps[i];
         }
         if (!(kCertifies<T> && with_rivals_)) return changed;
         for (int64_t i = 0; i < count; ++i) leads_[rows[i]] = leads[i];
@@ -218,13 +322,15 @@ class Solver {
 
     T weight(int64_t row) const { return weight_of_ == nullptr ? T(1) : weight_of_[row]; }
 
-    /// Sums, weights and members of the clusters: of all rows, or moved by the rows that changed.
+    /// Sums, weights and members of the clusters: of all rows, or moved by the rows that changed; in the rows' own order.
     void add_up(bool fresh) {
         if (fresh) {
+            tell_labels();
             for (int64_t k = 0; k < a_.k; ++k) weights_[k] = 0, members_[k] = 0;
             for (int64_t row = 0; row < a_.n; ++row) count(labels_[row], row, 1);
         } else {
-            each_changed([&](int64_t row) { count(previous_[row], row, -1), count(labels_[row], row, 1); });
+            list_changes();
+            for (const Change& c : changes()) count(c.from, c.row, -1), count(c.to, c.row, 1);
         }
         for_feature_slices<T>(pieces_, a_.d, [&](int64_t begin, int64_t end) {
             if (fresh) {
@@ -232,22 +338,25 @@ class Solver {
                     for (int64_t j = begin; j < end; ++j) sums_[k * a_.d + j] = 0;
                 for (int64_t row = 0; row < a_.n; ++row) add_row(row, labels_[row], weight(row), begin, end);
             } else {
-                each_changed([&](int64_t row) {
-                    add_row(row, previous_[row], -weight(row), begin, end);
-                    add_row(row, labels_[row], weight(row), begin, end);
-                });
+                for (const Change& c : changes()) {
+                    add_row(c.row, c.from, -weight(c.row), begin, end);
+                    add_row(c.row, c.to, weight(c.row), begin, end);
+                }
             }
         });
     }
 
-    template <class Body>
-    void each_changed(const Body& body) const {
+    std::span<const Change> changes() const { return {changes_, changes_ + change_count_}; }
+
+    void list_changes() {
+        change_count_ = 0;
         for (int64_t span = 0; span < span_count(a_.n); ++span) {
             if (changed_[span] == 0) continue;
             const int64_t end = span_end(span, a_.n);
-            for (int64_t row = span * kSpanRows; row < end; ++row)
-                if (previous_[row] != labels_[row]) body(row);
+            for (int64_t i = span * kSpanRows; i < end; ++i)
+                if (previous_[i] != nearest_[i]) changes_[change_count_++] = {search_.row(i), previous_[i], nearest_[i]};
         }
+        std::sort(changes_, changes_ + change_count_, [](const Change& a, const Change& b) { return a.row < b.row; });
     }
 
     void count(int64_t cluster, int64_t row, int sign) {
@@ -295,9 +404,10 @@ class Solver {
         }
         if (empty == 0) return;
         int64_t found = 0;
-        for (int64_t row = 0; row < a_.n; ++row) {
+        for (int64_t i = 0; i < a_.n; ++i) {
+            const int64_t row = search_.row(i);
             const bool free = fixed_ == nullptr || fixed_[row] < 0;
-            if (labels_[row] != largest || !free || !(weight(row) > 0)) continue;
+            if (nearest_[i] != largest || !free || !(weight(row) > 0)) continue;
             const double distance = squared_distance(x_ + row * a_.d, before_ + largest * a_.d, a_.d);
             if (distance > 0) candidates_[found++] = {distance, row};
         }
@@ -344,22 +454,27 @@ class Solver {
 
     const Lloyd<T>& a_;
     const int pieces_;
-    T* before_;                 // (K, D) centroids before the update
-    double* sums_;              // (K, D)
-    double* weights_;           // (K)
-    int64_t* members_;          // (K) rows of positive weight
-    double* shifts_;            // (K)
-    T* moves_;                  // (K) how far the centroids moved last, at most
-    T* losses_;                 // (K) what a row's gap loses by that
-    int64_t* moved_;            // (moved_count_) the centroids that the last update moved
+    T* before_;         // (K, D) centroids before the update
+    double* sums_;      // (K, D)
+    double* weights_;   // (K)
+    int64_t* members_;  // (K) rows of positive weight
+    double* shifts_;    // (K)
+    T* moves_;          // (K) how far the centroids moved last, at most
+    T* losses_;         // (K) what a row's gap loses by that
+    int64_t* moved_;    // (moved_count_) the centroids that the last update moved
+    // What is kept of each row stands by its position (Search::row).
+    int64_t* far_;              // (far_count_) those that it moved far
+    T* sorted_moves_;           // (K)
     T* scores_;                 // (N) Nearest's, of a centroid that stands where it stood; else unknown()
     int32_t* rivals_[kRivals];  // (N) Nearest's, as are
     T* leads_;                  // (N) and
     T* gaps_;                   // (N)
     double* moments_;           // (D)
     double* partial_;           // (spans)
+    int32_t* nearest_;          // (N) labels
     int32_t* previous_;         // (N) labels before this pass
     int64_t* changed_;          // (spans) rows relabelled by this pass
+    Change* changes_;           // (change_count_) in the rows' own order
     Candidate* candidates_;     // (N)
     Search<T> search_;
 
@@ -369,7 +484,8 @@ class Solver {
     T* centroids_ = nullptr;
     int64_t* labels_ = nullptr;
     double limit_ = 0;
-    int64_t moved_count_ = 0;
+    int64_t passes_ = 0, moved_count_ = 0, far_count_ = 0, change_count_ = 0;
+    T near_move_ = 0;  // how far the others moved, at most; unknown() where none is searched by itself
     bool few_moved_ = false, with_rivals_ = false;
 };
 

@@ -6,6 +6,9 @@
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 
+/// Some of the centroids: all that moved, or those that moved far.
+enum Moved { kMoved, kFar };
+
 template <class T>
 class Search {
    public:
@@ -23,6 +26,9 @@ class Search {
         constexpr int64_t kWorthQuantising = 64;
         if constexpr (kCertifies<T>) {
             can_certify_ = d >= kLeastDepth && d <= quantised::kMaxDepth && k * (passes < 16 ? passes : 16) >= kWorthQuantising;
+            constexpr int64_t kPassesWorthArranging = 4, kGroup = QuantisedCentres::kGroup;
+            if (can_certify_ && passes >= kPassesWorthArranging && Reach::pays(n, k, kGroup))
+                reach_ = new (context.scratch<Reach>(1)) Reach(n, k, d, kGroup, pieces, context);
             if (can_certify_) allocate_certified(context);
         }
     }
@@ -30,13 +36,58 @@ class Search {
     void set_rows(const T* x) {
         x_ = x;
         mean_of_rows(pieces_, x, n_, centres_.d, sums_, mean_);
-        if constexpr (kCertifies<T>)
-            if (can_certify_) rows_->prepare(pieces_, x, mean_);
+        prepare_rows(nullptr);
         restart();
     }
 
     /// Forgets what earlier centroids were like.
-    void restart() { certify_ = can_certify_; }
+    void restart() {
+        if (arranged()) prepare_rows(nullptr);
+        certify_ = can_certify_;
+    }
+
+    /// Whether the passes to come are worth arrange().
+    bool wants_arranging() const { return certify_ && reach_ != nullptr && !arranged(); }
+
+    /// Sorts the rows by their labels, which come back in that order, for searches within reach.
+    void arrange(const T* centroids, const int32_t* labels, int32_t* sorted) {
+        if constexpr (kCertifies<T>) {
+            reach_->arrange(centroids, labels, sorted);
+            prepare_rows(reach_->rows());
+            quantised_->ids = reach_->ids(), quantised_->columns = reach_->columns();
+        }
+    }
+
+    /// What the score of row i's nearest centroid is at most after it moved by `move`: of r^2 = score + |x|^2, (r + move)^2 -
+    /// |x|^2.
+    T score_after(int64_t i, T score, T move) const {
+        if constexpr (kCertifies<T>) {
+            if (move == 0) return score;
+            const float length = rows_->how[i].norm + rows_->how[i].residual, square = length * length;
+            const float distance = __builtin_sqrtf(score + square > 0 ? score + square : 0);
+            return score + 1.00001f * (2 * distance + move) * move + 1e-6f * square;
+        }
+        return score;
+    }
+
+    /// Whether searches take place within reach.
+    bool keeps_reach() const { return certify_ && arranged(); }
+
+    /// The row at a position of the sorted rows; all other arguments named rows are positions.
+    int64_t row(int64_t position) const { return order_ == nullptr ? position : order_[position]; }
+
+    /// Before a pass: the centroids moved by `moves` (K) at most, or by no one knows what (null).
+    void set_moves(const T* moves) {
+        if constexpr (kCertifies<T>) {
+            if (!keeps_reach()) return;
+            if (moves == nullptr)
+                reach_->forget();
+            else
+                reach_->move(moves);
+        }
+    }
+
+    Reach* reach() { return reach_; }
 
     const T* mean() const { return mean_; }
 
@@ -52,31 +103,33 @@ class Search {
         centres_.prepare(pieces_, centroids);
     }
 
-    /// After set_centroids: those that assign_moved is to search, ascending.
-    void set_moved(const T* centroids, const int64_t* ids, int64_t count) {
+    /// After set_centroids: those of a kind that assign_moved is to search, ascending.
+    void set_moved(Moved which, const T* centroids, const int64_t* ids, int64_t count) {
         if constexpr (kCertifies<T>)
-            if (certify_) return moved_quantised_->prepare(pieces_, centroids, ids, count);
+            if (certify_) return moved_quantised_[which].prepare(pieces_, centroids, ids, count);
         moved_.prepare(pieces_, centroids, ids, count);
     }
 
-    /// The nearest centroids of rows[0 .. count), ascending.
-    void assign(int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+    /// The nearest centroids of rows[0 .. count), ascending; of those within reach, where that is given.
+    void assign(int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest, Within* within = nullptr) {
         if constexpr (kCertifies<T>)
             if (certify_) {
                 searched_[piece] += count * columns(centres_.k);
-                scored_[piece] += certified_[piece].assign(*rows_, *quantised_, *quantised_, x_, rows, count, exact_, nearest);
+                scored_[piece] +=
+                    certified_[piece].assign(*rows_, *quantised_, *quantised_, x_, rows, count, exact_, nearest, within);
                 return;
             }
         assign(centres_, piece, rows, count, nearest);
     }
 
-    /// The same for rows whose nearest centroid of the last pass stands where it stood: only one that has moved can be nearer.
-    void assign_moved(int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+    /// The same for rows of which it is known that only a centroid of set_moved's can be nearer than the nearest of the last
+    /// pass, whose score is known. Only where rivals are kept may there be two kinds.
+    void assign_moved(int piece, Moved which, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
         if constexpr (kCertifies<T>)
             if (certify_) {
-                searched_[piece] += count * columns(moved_quantised_->k);
-                scored_[piece] +=
-                    certified_[piece].assign(*rows_, *moved_quantised_, *quantised_, x_, rows, count, exact_, nearest);
+                const QuantisedCentres& moved = moved_quantised_[which];
+                searched_[piece] += count * columns(moved.k);
+                scored_[piece] += certified_[piece].assign(*rows_, moved, *quantised_, x_, rows, count, exact_, nearest);
                 return;
             }
         assign(moved_, piece, rows, count, nearest);
@@ -109,17 +162,33 @@ class Search {
     static int64_t columns(int64_t k) { return products::panel_count<T>(k) * products::kWidth<T>; }
 
     void assign(const Centres<T>& centres, int piece, const int64_t* rows, int64_t count, const Nearest<T>& nearest) {
+        int64_t block[kBlockRows];
         for (int64_t first = 0; first < count; first += kBlockRows) {
             const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
-            assigners_[piece].assign(centres, x_, rows + first, size, nearest.from(first));
+            for (int64_t i = 0; i < size; ++i) block[i] = row(rows[first + i]);
+            assigners_[piece].assign(centres, x_, block, size, nearest.from(first));
         }
+    }
+
+    bool arranged() const { return order_ != nullptr; }
+
+    /// Quantises the rows in the order given, their own if null.
+    void prepare_rows(const int64_t* order) {
+        order_ = order;
+        if constexpr (kCertifies<T>)
+            if (can_certify_) {
+                rows_->prepare(pieces_, x_, mean_, order);
+                quantised_->ids = nullptr, quantised_->columns = nullptr;
+            }
     }
 
     void allocate_certified(const Context& context) {
         const int64_t d = centres_.d;
-        rows_ = new (context.scratch<QuantisedRows>(1)) QuantisedRows(n_, d, pieces_, context);
+        rows_ = new (context.scratch<QuantisedRows>(1)) QuantisedRows(n_, d, reach_ != nullptr, pieces_, context);
         quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(centres_.k, d, mean_, context);
-        moved_quantised_ = new (context.scratch<QuantisedCentres>(1)) QuantisedCentres(moved_.k, d, mean_, context);
+        moved_quantised_ = context.scratch<QuantisedCentres>(2);
+        new (moved_quantised_ + kMoved) QuantisedCentres(moved_.k, d, mean_, context);
+        new (moved_quantised_ + kFar) QuantisedCentres(moved_.k / 4 + 1, d, mean_, context);
         scored_ = context.scratch<int64_t>(pieces_);
         searched_ = context.scratch<int64_t>(pieces_);
         certified_ = context.scratch<CertifiedAssigner<T>>(pieces_);
@@ -134,6 +203,9 @@ class Search {
     Centres<T> centres_, moved_;
     BlockAssigner<T>* assigners_;
     const T* x_ = nullptr;
+
+    const int64_t* order_ = nullptr;  // (N) the row at each position; null: each at its own
+    Reach* reach_ = nullptr;          // null where it does not pay
 
     bool can_certify_ = false, certify_ = false;
     QuantisedRows* rows_ = nullptr;
