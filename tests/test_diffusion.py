@@ -1,8 +1,5 @@
 """Diffusion and the pseudo-labels made from it, against dense float64 solves, and at the edges."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -265,34 +262,6 @@ def test_compiles(device):
 
     compiled = torch.compile(solve, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(crow, col, weights, y), 2 * fastclust.diffuse(graph, y).f)
-
-
-@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
-def test_every_capability_agrees(capability):
-    """In a process of its own, since the capability is chosen once."""
-    script = """
-import sys, torch, fastclust
-torch.manual_seed(0)
-w = torch.rand(300, 300, dtype=torch.float64) * (torch.rand(300, 300) < 0.05)
-for dtype in (torch.float32, torch.float64):
-    graph, y = (w + w.T).to(dtype).to_sparse_csr(), torch.randn(300, 53, dtype=dtype)
-    for columns in (1, 4, 7, 53):
-        f = fastclust.diffuse(graph, y[:, :columns], max_iter=50).f
-        twin = fastclust.reference.diffuse(graph.crow_indices(), graph.col_indices(), graph.values().double(),
-                                           y[:, :columns].double(), 0.99, 1e-6, 50)[0]
-        error = ((f - twin).norm() / twin.norm()).item()
-        assert error < (1e-5 if dtype == torch.float32 else 1e-12), (dtype, columns, error)
-"""
-    environment = {**os.environ, "FASTCLUST_CPU_CAPABILITY": capability}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import fastclust.reference\n" + script],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if "this CPU has no" in run.stderr:
-        pytest.skip(f"no {capability} here")
-    assert run.returncode == 0, run.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- pseudo-labels
