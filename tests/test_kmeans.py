@@ -166,6 +166,73 @@ def test_no_row_misses_a_centroid_that_came_near(device, n_blobs, max_iter):
             assert_nearest(x[free], centroids[0, start].cpu(), got[0, start].cpu()[free], 1e-6)
 
 
+def axis(d: int, *coordinates: tuple[int, float]) -> torch.Tensor:
+    """The vector with these coordinates at these places, zero elsewhere."""
+    vector = torch.zeros(d)
+    for place, value in coordinates:
+        vector[place] = value
+    return vector
+
+
+def one_row_among_movers(case: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The light row 0 stands at 4 from its centroid, 4.2 from two others and 7 from a fourth.
+
+    The first update makes the fourth its nearest: that moves near ("comes"), or the first three move away ("goes"). Few
+    centroids move farther than what lies between other rows' centroids, the corners of a cube: those few are searched
+    by themselves.
+    """
+    ends = [axis(16, (0, 4)), axis(16, (1, 4.2)), axis(16, (2, -4.2)), axis(16, (3, -7))]
+    ends += [axis(16, (place, 8)) for place in (11, 12, 13, 14)]
+    starts = list(ends)
+    if case == "comes":
+        ends[3], starts[4], starts[5] = axis(16, (3, -3.6)), axis(16, (11, 14)), axis(16, (12, 14))
+    else:
+        ends[:3] = axis(16, (0, 12)), axis(16, (1, 12.2)), axis(16, (2, -12.2))
+    corners = torch.zeros(120, 16)
+    corners[:, 4:11] = 3 * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=7)))[:120]
+    noise = 0.1 * torch.randn(480, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([torch.zeros(1, 16), torch.stack(ends), corners.repeat(4, 1) + noise])
+    weight = torch.ones(len(x))
+    weight[0] = 1e-6
+    return x, torch.cat([torch.stack(starts), corners]), weight
+
+
+def a_span_left_behind() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A centroid goes from one heavy row to the next, 5 on in each pass: each is another's until it has come that near.
+
+    From the third pass to the fourth it leaves 800 light rows, 2 from it, to a group of resting centroids at 6 from
+    them. All other rows keep no lead, which has the rows sorted.
+    """
+    resting = axis(64, (0, 8), (2, 6)).repeat(16, 1)
+    resting[:, 3] = 0.02 * torch.arange(16)
+    heavy = torch.stack([axis(64, (0, 5.0 * step)) for step in (1, 2, 3)])
+    holders = heavy + axis(64, (1, 8))
+    generator = torch.Generator().manual_seed(0)
+    centres = 8 * torch.nn.functional.normalize(torch.randn(8, 8, generator=generator), dim=1)
+    others = torch.zeros(4600, 64)
+    which = torch.randint(8, (4600,), generator=generator)
+    others[:, 4:12] = centres[which] + 2 * torch.randn(4600, 8, generator=generator)
+    x = torch.cat([resting, holders, heavy, axis(64, (0, 8)).repeat(800, 1), others])
+    weight = torch.ones(len(x))
+    weight[:19], weight[19:22], weight[22:822] = 1e9, torch.tensor([1e3, 1e5, 1e7]), 1e-6
+    return x, torch.cat([resting, torch.zeros(1, 64), holders, others[:108]]), weight
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [lambda: one_row_among_movers("comes"), lambda: one_row_among_movers("goes"), a_span_left_behind],
+    ids=["near mover comes", "own centroid goes", "own centroid leaves a span"],
+)
+def test_every_move_counts_in_what_is_left_out(device, problem):
+    """What bounds leave out of a search, groups out of reach and all but far movers, may come near by every move."""
+    x, init, weight = problem()
+    for max_iter in range(1, 7):
+        centroids, labels, _, _ = ops.kmeans_lloyd(
+            *(t.to(device) for t in (x[None], init[None, None], weight[None])), None, max_iter, 0.0, False, True
+        )
+        assert_nearest(x, centroids[0, 0].cpu(), labels[0, 0].cpu(), 1e-6)
+
+
 def test_ties_go_to_the_lowest_centroid(device):
     centroids = torch.tensor([[5.0, 0], [1, 1], [1, 1], [-1, -1], [1, 1]], device=device).repeat(20, 1)
     x = torch.tensor([[1.0, 1], [0, 0], [-1, -1], [9, 0]], device=device)
