@@ -57,6 +57,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose report nobody looks at: its figures take longer than a small network's training."""
+    from methods.common import report
+
+    monkeypatch.setattr(report, "drawn", lambda *_: "")
+    monkeypatch.setattr(report, "embedding", lambda *_: "")
+
+
+@pytest.fixture
 def write_stripes(tmp_path: Path) -> Callable[..., Path]:
     """Writes an .npz of three classes of 8 x 8 images, stripes at three angles under noise: learnt in seconds."""
 

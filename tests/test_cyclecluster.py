@@ -172,6 +172,7 @@ def without_times(history: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in history]
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("kmeans_init", ["k-means++", "warm_start"])
 def test_a_run_cut_short_ends_as_if_it_had_not_been(small: Config, monkeypatch, kmeans_init: str) -> None:
     config = dataclasses.replace(small, kmeans_init=kmeans_init)
@@ -196,6 +197,7 @@ def test_a_run_cut_short_ends_as_if_it_had_not_been(small: Config, monkeypatch, 
     assert (resumed.path / "predictions.csv").read_text() == (whole.path / "predictions.csv").read_text()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_stopped_before_its_first_epoch_starts_over(small: Config, monkeypatch) -> None:
     whole = train(small)
     plain = Learner.features
@@ -237,6 +239,7 @@ def test_the_folder_a_run_leaves_and_predictions_from_it(small: Config, stripes:
     assert found == [*expected, expected[4]]
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("baseline", ["supervised", "graph"])
 def test_baselines_leave_out_what_they_should(small: Config, monkeypatch, baseline: str) -> None:
     def never(*_, **__):
@@ -261,6 +264,7 @@ def learnt_from_digits(tmp_path: Path) -> bool:
     )
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_digits_are_learnt_from_fifty_labels(tmp_path: Path) -> None:
     assert learnt_from_digits(tmp_path)
 
