@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kmeans/codes.h"
+#include "kmeans/float_scores.h"
 #include "kmeans/reach.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
@@ -33,9 +34,8 @@ class CertifiedAssigner<float> {
           products_(context.scratch<int32_t>((k + QuantisedCentres::kGroup) * kBlockRows)),
           tops_(context.scratch<float>(QuantisedCentres::groups(k) * kBlockRows)),
           every_(context.scratch<int32_t>(QuantisedCentres::groups(k))),
-          centred_(context.scratch<float>(kBlockRows * padded_depth(d))) {
+          float_scores_(d, context) {
         for (int64_t i = 0; i < kStagedLanes * quantised::steps(d); ++i) staged_[i] = 0;
-        for (int64_t i = 0; i < kBlockRows * padded_depth(d); ++i) centred_[i] = 0;
         for (int64_t g = 0; g < QuantisedCentres::groups(k); ++g) every_[g] = static_cast<int32_t>(g);
     }
 
@@ -459,46 +459,28 @@ class CertifiedAssigner<float> {
         for (int64_t next = o == 0 ? 1 : o + kAhead; next <= o + kAhead && next < open_count_; ++next)
             for (int64_t j = 0; j < centres.d; j += 16) __builtin_prefetch(data.vector(x, rows[open_[next]]) + j);
         const int64_t i = open_[o];
-        vectors_[i] = data.vector(x, rows[i]);
-        if (data.sorted == nullptr) vectors_[i] = centre(vectors_[i], centres, i);
+        float_scores_.fetch(i, centres, data, x, rows[i]);
         return i;
-    }
-
-    const float* centre(const float* __restrict x, const QuantisedCentres& centres, int64_t i) {
-        const float* __restrict shift = centres.shift;
-        float* __restrict v = centred_ + i * padded_depth(centres.d);
-        for (int64_t j = 0; j < centres.d; ++j) v[j] = x[j] - shift[j];
-        return v;
     }
 
     /// |c|^2 - 2 x.c of lane i.
     float score(const QuantisedCentres& centres, int64_t i, int64_t column) const {
-        const int64_t width = padded_depth(centres.d);
-        const float *v = vectors_[i], *w = centres.row(column);
-        __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-        int64_t j = 0;
-        for (; j + 32 <= width; j += 32) {
-            even = _mm512_fmadd_ps(_mm512_loadu_ps(v + j), _mm512_loadu_ps(w + j), even);
-            odd = _mm512_fmadd_ps(_mm512_loadu_ps(v + j + 16), _mm512_loadu_ps(w + j + 16), odd);
-        }
-        if (j < width) even = _mm512_fmadd_ps(_mm512_loadu_ps(v + j), _mm512_loadu_ps(w + j), even);
-        return centres.squares[column] - 2 * _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+        return float_scores_.score(centres, i, column);
     }
 
     struct {
         const uint8_t* panels;
         int64_t step_bytes, panel_bytes;
-    } codes_{};                         // of the block's rows
-    int32_t* staged_;                   // (steps, kStagedLanes) them, where they do not stand together
-    int32_t* products_;                 // (K and the rest of its last group, kBlockRows)
-    float* tops_;                       // (groups, kBlockRows) the highest score of each group
-    int32_t* every_;                    // (groups) 0, 1, ...
-    Within* within_ = nullptr;          // of the search
-    int64_t searched_ = 0;              // centroids in it
-    float* centred_;                    // (kBlockRows, padded D) such of them as are not kept
-    const float* vectors_[kBlockRows];  // the rows less the shift, of which float scores are taken
-    int32_t open_[kBlockRows + 1];      // lanes whose bound leaves more than one centroid
-    int64_t open_count_ = 0;            // of the last block
+    } codes_{};                 // of the block's rows
+    int32_t* staged_;           // (steps, kStagedLanes) them, where they do not stand together
+    int32_t* products_;         // (K and the rest of its last group, kBlockRows)
+    float* tops_;               // (groups, kBlockRows) the highest score of each group
+    int32_t* every_;            // (groups) 0, 1, ...
+    Within* within_ = nullptr;  // of the search
+    int64_t searched_ = 0;      // centroids in it
+    FloatScores float_scores_;
+    int32_t open_[kBlockRows + 1];  // lanes whose bound leaves more than one centroid
+    int64_t open_count_ = 0;        // of the last block
     int32_t starts_[kBlockRows] = {};
     float inverses_[kBlockRows] = {};
     float highest_[kKept][kBlockRows];  // of a chunk, tagged with the index in it

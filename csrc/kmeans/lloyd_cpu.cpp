@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <functional>
-#include <span>
 #include <utility>
 
 #include "kmeans/kmeans_cpu.h"
 #include "kmeans/search.h"
+#include "kmeans/sums_cpu.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 namespace {
@@ -19,12 +19,6 @@ struct Candidate {
     }
 };
 
-/// A row that a pass relabelled.
-struct Change {
-    int64_t row;
-    int32_t from, to;
-};
-
 /// Runs Lloyd's iteration for one problem and start after another, with `pieces` threads.
 ///
 /// The sums of each cluster are kept in double from one iteration to the next, and only rows that change cluster are moved:
@@ -36,9 +30,7 @@ class Solver {
         : a_(a),
           pieces_(pieces),
           before_(context.scratch<T>(a.k * a.d)),
-          sums_(context.scratch<double>(a.k * a.d)),
-          weights_(context.scratch<double>(a.k)),
-          members_(context.scratch<int64_t>(a.k)),
+          sums_(a.n, a.k, a.d, pieces, context),
           shifts_(context.scratch<double>(a.k)),
           moves_(context.scratch<T>(a.k)),
           losses_(context.scratch<T>(a.k)),
@@ -60,8 +52,8 @@ class Solver {
 
     void solve_problem(int64_t problem) {
         x_ = a_.x + problem * a_.n * a_.d;
-        weight_of_ = a_.sample_weight == nullptr ? nullptr : a_.sample_weight + problem * a_.n;
         fixed_ = a_.fixed_labels == nullptr ? nullptr : a_.fixed_labels + problem * a_.n;
+        sums_.set_rows(x_, a_.sample_weight == nullptr ? nullptr : a_.sample_weight + problem * a_.n);
         search_.set_rows(x_);
         limit_ = a_.tol > 0 ? a_.tol * mean_variance() : 0;
         for (int64_t restart = 0; restart < a_.restarts; ++restart) {
@@ -320,33 +312,16 @@ class Solver {
         return shift;
     }
 
-    T weight(int64_t row) const { return weight_of_ == nullptr ? T(1) : weight_of_[row]; }
-
-    /// Sums, weights and members of the clusters: of all rows, or moved by the rows that changed; in the rows' own order.
+    /// Sums of all rows, or moved by the rows that changed; in the rows' own order.
     void add_up(bool fresh) {
         if (fresh) {
             tell_labels();
-            for (int64_t k = 0; k < a_.k; ++k) weights_[k] = 0, members_[k] = 0;
-            for (int64_t row = 0; row < a_.n; ++row) count(labels_[row], row, 1);
+            sums_.add_up(labels_);
         } else {
             list_changes();
-            for (const Change& c : changes()) count(c.from, c.row, -1), count(c.to, c.row, 1);
+            sums_.move({changes_, changes_ + change_count_});
         }
-        for_feature_slices<T>(pieces_, a_.d, [&](int64_t begin, int64_t end) {
-            if (fresh) {
-                for (int64_t k = 0; k < a_.k; ++k)
-                    for (int64_t j = begin; j < end; ++j) sums_[k * a_.d + j] = 0;
-                for (int64_t row = 0; row < a_.n; ++row) add_row(row, labels_[row], weight(row), begin, end);
-            } else {
-                for (const Change& c : changes()) {
-                    add_row(c.row, c.from, -weight(c.row), begin, end);
-                    add_row(c.row, c.to, weight(c.row), begin, end);
-                }
-            }
-        });
     }
-
-    std::span<const Change> changes() const { return {changes_, changes_ + change_count_}; }
 
     void list_changes() {
         change_count_ = 0;
@@ -359,18 +334,6 @@ class Solver {
         std::sort(changes_, changes_ + change_count_, [](const Change& a, const Change& b) { return a.row < b.row; });
     }
 
-    void count(int64_t cluster, int64_t row, int sign) {
-        const double mass = static_cast<double>(weight(row));
-        weights_[cluster] += sign * mass;
-        members_[cluster] += sign * (mass > 0);
-    }
-
-    void add_row(int64_t row, int64_t cluster, double mass, int64_t begin, int64_t end) {
-        double* sum = sums_ + cluster * a_.d;
-        const T* x = x_ + row * a_.d;
-        for (int64_t j = begin; j < end; ++j) sum[j] += mass * static_cast<double>(x[j]);
-    }
-
     /// Moves the centroids of clusters with members.
     void update() {
         for_pieces(pieces_, a_.k, [&](int, int64_t first, int64_t last) {
@@ -379,12 +342,12 @@ class Solver {
     }
 
     double update_cluster(int64_t k) {
-        const double* sum = sums_ + k * a_.d;
+        const double* sum = sums_.sum(k);
         T* c = centroids_ + k * a_.d;
         T* before = before_ + k * a_.d;
         for (int64_t j = 0; j < a_.d; ++j) before[j] = c[j];
-        if (members_[k] == 0) return 0;
-        double divisor = weights_[k];
+        if (sums_.members(k) == 0) return 0;
+        double divisor = sums_.weight(k);
         if (a_.spherical) {
             divisor = 0;
             for (int64_t j = 0; j < a_.d; ++j) divisor += sum[j] * sum[j];
@@ -399,22 +362,22 @@ class Solver {
     void reseed_empty() {
         int64_t empty = 0, largest = 0;
         for (int64_t k = 0; k < a_.k; ++k) {
-            empty += members_[k] == 0;
-            if (weights_[k] > weights_[largest]) largest = k;
+            empty += sums_.members(k) == 0;
+            if (sums_.weight(k) > sums_.weight(largest)) largest = k;
         }
         if (empty == 0) return;
         int64_t found = 0;
         for (int64_t i = 0; i < a_.n; ++i) {
             const int64_t row = search_.row(i);
             const bool free = fixed_ == nullptr || fixed_[row] < 0;
-            if (nearest_[i] != largest || !free || !(weight(row) > 0)) continue;
+            if (nearest_[i] != largest || !free || !(sums_.row_weight(row) > 0)) continue;
             const double distance = squared_distance(x_ + row * a_.d, before_ + largest * a_.d, a_.d);
             if (distance > 0) candidates_[found++] = {distance, row};
         }
         const int64_t taken = empty < found ? empty : found;
         std::partial_sort(candidates_, candidates_ + taken, candidates_ + found);
         for (int64_t k = 0, next = 0; next < taken; ++k) {
-            if (members_[k] != 0) continue;
+            if (sums_.members(k) != 0) continue;
             const T* row = x_ + candidates_[next++].row * a_.d;
             for (int64_t j = 0; j < a_.d; ++j) centroids_[k * a_.d + j] = row[j];
             shifts_[k] = squared_distance(row, before_ + k * a_.d, a_.d);
@@ -443,7 +406,7 @@ class Solver {
                 const int64_t end = span_end(span, a_.n);
                 partial_[span] = 0;
                 for (int64_t row = span * kSpanRows; row < end; ++row)
-                    partial_[span] += static_cast<double>(weight(row)) *
+                    partial_[span] += static_cast<double>(sums_.row_weight(row)) *
                                       squared_distance(x_ + row * a_.d, centroids_ + labels_[row] * a_.d, a_.d);
             }
         });
@@ -454,14 +417,12 @@ class Solver {
 
     const Lloyd<T>& a_;
     const int pieces_;
-    T* before_;         // (K, D) centroids before the update
-    double* sums_;      // (K, D)
-    double* weights_;   // (K)
-    int64_t* members_;  // (K) rows of positive weight
-    double* shifts_;    // (K)
-    T* moves_;          // (K) how far the centroids moved last, at most
-    T* losses_;         // (K) what a row's gap loses by that
-    int64_t* moved_;    // (moved_count_) the centroids that the last update moved
+    T* before_;  // (K, D) centroids before the update
+    ClusterSums<T> sums_;
+    double* shifts_;  // (K)
+    T* moves_;        // (K) how far the centroids moved last, at most
+    T* losses_;       // (K) what a row's gap loses by that
+    int64_t* moved_;  // (moved_count_) the centroids that the last update moved
     // What is kept of each row stands by its position (Search::row).
     int64_t* far_;              // (far_count_) those that it moved far
     T* sorted_moves_;           // (K)
@@ -479,7 +440,6 @@ class Solver {
     Search<T> search_;
 
     const T* x_ = nullptr;
-    const T* weight_of_ = nullptr;
     const int64_t* fixed_ = nullptr;
     T* centroids_ = nullptr;
     int64_t* labels_ = nullptr;
