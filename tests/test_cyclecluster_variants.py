@@ -103,6 +103,7 @@ def test_mixed_precision_computes_in_it_and_keeps_features_and_weights_whole(tin
     assert learner.scaler.is_enabled() == (precision == "float16")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_every_variant_in_one_run_cut_short(tiny: Config, monkeypatch) -> None:
     config = dataclasses.replace(
         tiny, mean_teacher=True, rand_augment=1, precision="bfloat16", epochs=2, class_logits="all", weight_norm=True
