@@ -141,6 +141,40 @@ def test_sorted_data_does_not_mislead_the_first_guess():
         check(x[order].contiguous(), 30, "cosine")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["even", "uneven", "tight", "duplicates", "far from the origin"])
+def test_rows_in_clusters(device, dtype, metric, kind):
+    """Enough rows for the search to order them by clusters of its own; most neighbours are within one, some are not."""
+    generator = torch.Generator().manual_seed(5)
+    n, d = 2900, 50
+    shares = torch.tensor([0.5, 0.25, 0.1, 0.05] + [0.1 / 20] * 20) if kind == "uneven" else torch.ones(24)
+    labels = torch.multinomial(shares, n, replacement=True, generator=generator)
+    x = torch.randn(n, d, generator=generator, dtype=dtype) * (1e-3 if kind == "tight" else 0.5)
+    x = x * torch.linspace(2, 0.1, d, dtype=dtype) + torch.randn(24, d, generator=generator, dtype=dtype)[labels]
+    if kind == "duplicates":
+        x[n // 2 :] = x[torch.randint(0, n // 2, (n - n // 2,), generator=generator)]
+    elif kind == "far from the origin":
+        x = x + 100
+    check(x.to(device), 30, metric)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_clusters_and_threads_do_not_change_the_answer(n_threads):
+    """What is found depends on no clustering: rows in another order have the same neighbours."""
+    x = clusters(6000, 40, n_clusters=10, spread=0.7, dtype=torch.float64)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    values, indices = fastclust.knn(x, 25)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        moved = fastclust.knn(x[order], 25)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(moved.values, values[order], rtol=0, atol=1e-13)
+    assert torch.equal(order[moved.indices], indices[order])
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e15, 1e18])
 def test_scale_does_not_matter(scale):
     x = clusters(300, 12)

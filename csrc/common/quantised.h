@@ -11,12 +11,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512VNNI__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 warns of the intrinsics' own undefined operands
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "common/intrinsics.h"
 
 #if defined(__AMX_INT8__) || defined(FASTCLUST_EMULATE_AMX)
 #define FASTCLUST_TILES 1
@@ -161,16 +156,11 @@ inline void multiply_tile(const uint8_t* rows, const uint8_t* panels, int64_t st
 
 #elif defined(__AVX512VNNI__)
 
-/// Rows rows of a group of Group with Panels panels: out[row * ld + panel * kWidth + lane]. Steps of a panel are step_bytes
-/// apart, panels panel_bytes; `start` is what each column's sums begin with, -128 sum_j q_j.
+/// Adds `count` steps of products of Rows rows of a group of Group with Panels panels, whose steps are step_bytes apart, panels
+/// panel_bytes.
 template <int Rows, int Group, int Panels>
-inline void multiply_tile(const uint8_t* rows, const uint8_t* panels, int64_t step_bytes, int64_t panel_bytes, int64_t count,
-                          const int32_t* start, int32_t* out, int64_t ld) {
-    __m512i sums[Rows][Panels];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-        for (int p = 0; p < Panels; ++p) sums[r][p] = _mm512_loadu_si512(start + p * kWidth);
+inline void accumulate(__m512i (&sums)[Rows][Panels], const uint8_t* rows, const uint8_t* panels, int64_t step_bytes,
+                       int64_t panel_bytes, int64_t count) {
     for (int64_t step = 0; step < count; ++step, rows += Group * 4, panels += step_bytes) {
         __m512i columns[Panels];
 #pragma GCC unroll 4
@@ -184,6 +174,18 @@ inline void multiply_tile(const uint8_t* rows, const uint8_t* panels, int64_t st
             for (int p = 0; p < Panels; ++p) sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], row, columns[p]);
         }
     }
+}
+
+/// Their products: out[row * ld + panel * kWidth + lane]; `start` is what each column's sums begin with, -128 sum_j q_j.
+template <int Rows, int Group, int Panels>
+inline void multiply_tile(const uint8_t* rows, const uint8_t* panels, int64_t step_bytes, int64_t panel_bytes, int64_t count,
+                          const int32_t* start, int32_t* out, int64_t ld) {
+    __m512i sums[Rows][Panels];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < Panels; ++p) sums[r][p] = _mm512_loadu_si512(start + p * kWidth);
+    accumulate<Rows, Group, Panels>(sums, rows, panels, step_bytes, panel_bytes, count);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4

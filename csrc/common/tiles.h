@@ -10,7 +10,7 @@
 #ifdef FASTCLUST_EMULATE_AMX
 #include "amx_emulation.h"
 #else
-#include <immintrin.h>
+#include "common/intrinsics.h"
 #endif
 
 namespace fastclust::tiles::FASTCLUST_CAPABILITY {

@@ -1,25 +1,41 @@
 // The columns that may still be among a row's k best: a small buffer per row and the bound that a new one has to reach.
 #pragma once
 
+#include <bit>
 #include <cstdint>
+#include <limits>
 
 #include "common/context.h"
 #include "knn/buffer.h"
+#include "knn/scan.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
+
+/// How many of the scores reach a bound.
+template <class Score>
+inline int64_t count_reaching(const Score* scores, int64_t count, Score bound) {
+    int64_t reached = 0, c = 0;
+    if constexpr (kScanned<Score>) {
+        const auto bounds = same_scores(bound);
+        for (; c + kScanLanes <= count; c += kScanLanes) reached += std::popcount(reaching(load_scores(scores + c), bounds));
+    }
+    int32_t rest = 0;
+    for (; c < count; ++c) rest += scores[c] >= bound;
+    return reached + rest;
+}
 
 /// A bound that at least `rank` of the `count` scores reach, and few more. Scores at or below `lowest` do not count;
 /// where fewer than `rank` others are there, the answer is `lowest`.
 template <class Score>
 inline Score bound_of_rank(const Score* scores, int64_t count, int64_t rank, Score lowest) {
-    Score least = 0, most = lowest;
-    int64_t counted = 0;
+    Score least = std::numeric_limits<Score>::max(), most = lowest;
     for (int64_t c = 0; c < count; ++c) most = scores[c] > most ? scores[c] : most;
-    least = most;
+    int32_t counted = 0;
     for (int64_t c = 0; c < count; ++c) {
         const bool counts = scores[c] > lowest;
         counted += counts;
-        least = counts && scores[c] < least ? scores[c] : least;
+        const Score score = counts ? scores[c] : most;
+        least = score < least ? score : least;
     }
     if (counted < rank) return lowest;
     // `least` is reached by enough of them, always; a bisection of the values raises it.
@@ -27,8 +43,7 @@ inline Score bound_of_rank(const Score* scores, int64_t count, int64_t rank, Sco
     for (int step = 0; step < 24; ++step) {
         const Score middle = least + (most - least) / 2;
         if (!(middle > least)) break;
-        int32_t reached = 0;
-        for (int64_t c = 0; c < count; ++c) reached += scores[c] >= middle;
+        const int64_t reached = count_reaching(scores, count, middle);
         if (reached < rank) {
             most = middle;
         } else {

@@ -18,6 +18,7 @@
 #include "knn/buffer.h"
 #include "knn/candidates.h"
 #include "knn/filter.h"
+#include "knn/keeper.h"
 #include "knn/knn.h"
 #include "knn/rows.h"
 #include "knn/scan.h"
@@ -32,16 +33,16 @@ class Finder {
     /// `rows` and `columns` are one and the same where the rows of x look for each other.
     Finder(const Search<T>& search, int exponent, const Filter& rows, const Filter& columns, const Context& context)
         : search_(search),
-          exponent_(exponent),
           rows_(rows),
           columns_(columns),
           self_(search.queries == nullptr),
           block_(block_size(columns.rows.count, Filter::bytes_per_row(search.d))),
-          found_(rows.padded(), search.k, Filter::kLowest, context),
-          failed_(context.scratch<int32_t>(rows.rows.count)),
-          positions_(context.scratch<int32_t>(round_up(rows.rows.count, kStrip))),
           row_slacks_(guessed_slacks(rows, context)),
-          column_slacks_(self_ ? row_slacks_ : guessed_slacks(columns, context)) {
+          column_slacks_(self_ ? row_slacks_ : guessed_slacks(columns, context)),
+          keeper_(search, exponent, rows, columns, row_slacks_, column_slacks_, context),
+          found_(keeper_.found),
+          failed_(context.scratch<int32_t>(rows.rows.count)),
+          positions_(context.scratch<int32_t>(round_up(rows.rows.count, kStrip))) {
         for (int64_t i = 0; i < rows.rows.count; ++i) positions_[i] = static_cast<int32_t>(i);
     }
 
@@ -52,8 +53,8 @@ class Finder {
         int64_t failures = finish(search_.m);
         if (failures == 0) return true;
         guessing_ = false;
-        row_slacks_ = rows_.drop;
-        column_slacks_ = columns_.drop;
+        keeper_.row_slacks = row_slacks_ = rows_.drop;
+        keeper_.column_slacks = column_slacks_ = columns_.drop;
         for (int64_t f = 0; f < failures; ++f) {
             found_.counts[positions_[f]] = 0;
             found_.floors[positions_[f]] = Filter::kLowest;
@@ -71,19 +72,15 @@ class Finder {
         typename Filter::Multiplier multiplier;
         Buffer<typename Filter::Code> strip;
         Buffer<float> staging;
-        Buffer<Score> tile, lower;
-        Buffer<T> exact;
-        Buffer<Ranked<T>> ranked, spare;
+        Buffer<Score> tile;
+        typename Keeper<T, Filter>::Workspace kept;
 
         explicit Worker(const Finder& finder)
             : multiplier(finder.rows_.words),
               strip(finder.rows_.strip_size()),
               staging(kStrip * finder.search_.d),
               tile(kStrip * (finder.block_ > 4 * kGroup ? finder.block_ : 4 * kGroup)),
-              lower(finder.block_ > finder.found_.capacity ? finder.block_ : finder.found_.capacity),
-              exact(finder.found_.capacity),
-              ranked(finder.found_.capacity),
-              spare(finder.found_.capacity) {}
+              kept(finder.found_.capacity, finder.block_) {}
     };
 
     /// Columns of a block: they fit half a second-level cache, and there are enough blocks to share out.
@@ -98,16 +95,6 @@ class Finder {
     int64_t block_begin(int64_t block) const { return block * block_; }
     int64_t block_end(int64_t block) const {
         return (block + 1) * block_ < columns_.padded() ? (block + 1) * block_ : columns_.padded();
-    }
-
-    /// How far each column's scores may lie above the true ones, its share of it. While guessing, errors are taken to be small
-    /// beside their bound: a score lies about half of it too high.
-    static const Score* guessed_slacks(const Filter& filter, const Context& context) {
-        constexpr float kShare = 0.53F;
-        auto* slacks = context.scratch<Score>(filter.padded());
-        for (int64_t i = 0; i < filter.padded(); ++i)
-            slacks[i] = static_cast<Score>(static_cast<float>(filter.drop[i]) * kShare);
-        return slacks;
     }
 
     /// The rank among `size` columns of the floor that they suggest: three deviations below where the k-th best of all should
@@ -126,7 +113,7 @@ class Finder {
     }
 
     void refine_floor(Worker& worker, int64_t row, int64_t blocks_met) {
-        raise_to_rank(worker, row, sample_rank(blocks_met * block_));
+        keeper_.raise_to_rank(worker.kept, row, sample_rank(blocks_met * block_));
     }
 
     // ---------------------------------------------------------------------------------------------------- orders of work
@@ -237,7 +224,7 @@ class Finder {
     void seed_floor(Worker& worker, int64_t row, const Score* dots, int64_t first, int64_t columns) {
         const int64_t rank = sample_rank(columns), classes = rank * 8 < columns ? round_up(columns / 16, kGroup) : columns;
         const Score bias = rows_.bias[row];
-        Score* best = worker.lower.data;
+        Score* best = worker.kept.lower.data;
         for (int64_t c = 0; c < classes; ++c) best[c] = Filter::kLowest;
         for (int64_t begin = 0; begin < columns; begin += classes) {
             const int64_t end = begin + classes < columns ? begin + classes : columns;
@@ -247,11 +234,7 @@ class Finder {
             }
         }
         const Score bound = bound_of_rank(best, classes, rank, Filter::kLowest);
-        if (bound > Filter::kLowest) raise_floor(row, bound - row_slacks_[row]);
-    }
-
-    void raise_floor(int64_t row, Score bound) {
-        if (bound > found_.floors[row]) found_.floors[row] = bound;
+        if (bound > Filter::kLowest) keeper_.raise_floor(row, bound - row_slacks_[row]);
     }
 
     template <bool kBoth>
@@ -271,98 +254,10 @@ class Finder {
             const int lane = std::countr_zero(hits);
             const int64_t column = first + lane;
             const Score upper = dots[lane] + bias;
-            if (upper >= found_.floors[row]) append(worker, row, static_cast<int32_t>(column), upper);
+            if (upper >= found_.floors[row]) keeper_.append(worker.kept, row, static_cast<int32_t>(column), upper);
             if constexpr (kBoth)
-                if (upper >= found_.floors[column]) append(worker, column, static_cast<int32_t>(row), upper);
+                if (upper >= found_.floors[column]) keeper_.append(worker.kept, column, static_cast<int32_t>(row), upper);
         }
-    }
-
-    // -------------------------------------------------------------------------------------------------------- candidates
-
-    void append(Worker& worker, int64_t row, int32_t column, Score upper) {
-        if (found_.counts[row] == found_.capacity) {
-            tighten(worker, row);
-            if (upper < found_.floors[row]) return;
-        }
-        found_.of(row)[found_.counts[row]++] = {upper, column};
-    }
-
-    /// Raises the row's floor to what `rank` of its candidates surely (while guessing: most likely) reach, and drops the
-    /// others.
-    void raise_to_rank(Worker& worker, int64_t row, int64_t rank) {
-        const Candidate<Score>* candidates = found_.of(row);
-        const int32_t count = found_.counts[row];
-        for (int32_t c = 0; c < count; ++c) worker.lower.data[c] = candidates[c].score - column_slacks_[candidates[c].column];
-        const Score bound = bound_of_rank(worker.lower.data, count, rank, Filter::kLowest);
-        if (bound > Filter::kLowest) raise_floor(row, bound - row_slacks_[row]);
-        found_.sift(row);
-    }
-
-    void tighten(Worker& worker, int64_t row) {
-        raise_to_rank(worker, row, search_.k);
-        if (found_.counts[row] > (found_.capacity + search_.k) / 2) keep_exact_best(worker, row);
-    }
-
-    /// The candidates' exact scores, in worker.exact: of the likely first, then of those that the k-th of these leaves
-    /// possible. The others are dropped.
-    void score_exactly(Worker& worker, int64_t row) {
-        Candidate<Score>* candidates = found_.of(row);
-        const int32_t count = found_.counts[row];
-        const Score likely = found_.floors[row] + row_slacks_[row];
-        int32_t scored = 0;
-        for (int32_t c = 0; c < count; ++c) {
-            const Candidate<Score> candidate = candidates[c];
-            candidates[c] = candidates[scored];
-            candidates[scored] = candidate;
-            scored += candidate.score - column_slacks_[candidate.column] >= likely;
-        }
-        score_range(worker, row, 0, scored);
-        const T bound = bound_of_rank(worker.exact.data, scored, search_.k, std::numeric_limits<T>::lowest());
-        const Score floor = bound > std::numeric_limits<T>::lowest() ? columns_.at_most(bound) : Filter::kLowest;
-        int32_t kept = scored;
-        for (int32_t c = scored; c < count; ++c)
-            if (candidates[c].score >= floor) candidates[kept++] = candidates[c];
-        score_range(worker, row, scored, kept);
-        found_.counts[row] = kept;
-    }
-
-    void score_range(Worker& worker, int64_t row, int32_t begin, int32_t end) {
-        constexpr int32_t kAhead = 4;
-        const Candidate<Score>* candidates = found_.of(row);
-        const T* x = rows_.rows.row(rows_.order[row]);
-        const auto other = [&](int32_t c) { return columns_.rows.row(columns_.order[candidates[c].column]); };
-        for (int32_t c = begin; c < end && c < begin + kAhead; ++c) prefetch_row(other(c));
-        for (int32_t c = begin; c < end; ++c) {
-            if (c + kAhead < end) prefetch_row(other(c + kAhead));
-            worker.exact.data[c] = score(search_.metric, x, other(c), search_.d);
-        }
-    }
-
-    void prefetch_row(const T* row) const {
-        constexpr int64_t kLine = 64 / sizeof(T), kMost = 64 * kLine;
-        for (int64_t j = 0; j < search_.d && j < kMost; j += kLine) __builtin_prefetch(row + j);
-    }
-
-    /// The exactly scored candidates, best first in worker.ranked.
-    void rank(Worker& worker, int64_t row) {
-        const Candidate<Score>* candidates = found_.of(row);
-        for (int32_t c = 0; c < found_.counts[row]; ++c)
-            worker.ranked.data[c] = {worker.exact.data[c], columns_.order[candidates[c].column]};
-        sort_ranked(worker.ranked.data, found_.counts[row], worker.spare.data);
-    }
-
-    /// Where the filter's precision cannot tell enough of the candidates apart.
-    void keep_exact_best(Worker& worker, int64_t row) {
-        score_exactly(worker, row);
-        if (found_.counts[row] <= search_.k) return;
-        rank(worker, row);
-        const Ranked<T> worst = worker.ranked.data[search_.k - 1];
-        Candidate<Score>* candidates = found_.of(row);
-        int32_t kept = 0;
-        for (int32_t c = 0; c < found_.counts[row]; ++c)
-            if (!worst.before({worker.exact.data[c], columns_.order[candidates[c].column]})) candidates[kept++] = candidates[c];
-        found_.counts[row] = kept;
-        raise_floor(row, columns_.at_most(worst.score));
     }
 
     /// Rows close to the same one of some columns follow each other: they share most of their candidates, which then stay in
@@ -401,7 +296,7 @@ class Finder {
     int64_t finish(int64_t count) {
         parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
-            for (int64_t i = begin; i < end; ++i) failed_[i] = !finish_row(worker, positions_[i]);
+            for (int64_t i = begin; i < end; ++i) failed_[i] = !keeper_.finish_row(worker.kept, positions_[i], guessing_);
         });
         int64_t failures = 0;
         for (int64_t i = 0; i < count; ++i)
@@ -409,37 +304,15 @@ class Finder {
         return failures;
     }
 
-    bool finish_row(Worker& worker, int64_t row) {
-        tighten(worker, row);
-        score_exactly(worker, row);
-        if (found_.counts[row] < search_.k) return false;
-        rank(worker, row);
-        const Ranked<T>* best = worker.ranked.data;
-        if (guessing_ &&
-            static_cast<double>(best[search_.k - 1].score) < static_cast<double>(found_.floors[row]) * columns_.unit)
-            return false;
-        const int64_t at = static_cast<int64_t>(rows_.order[row]) * search_.k;
-        for (int64_t c = 0; c < search_.k; ++c) {
-            search_.values[at + c] = value_of(best[c].score);
-            search_.indices[at + c] = best[c].index;
-        }
-        return true;
-    }
-
-    T value_of(T score) const {
-        if (search_.metric == Metric::euclidean) return std::ldexp(std::sqrt(T(-2) * score), exponent_);
-        return search_.metric == Metric::cosine ? score : std::ldexp(score, 2 * exponent_);
-    }
-
     const Search<T>& search_;
-    int exponent_;
     const Filter &rows_, &columns_;
     bool self_;
     int64_t block_;
-    Candidates<Score> found_;
+    const Score *row_slacks_, *column_slacks_;
+    Keeper<T, Filter> keeper_;
+    Candidates<Score>& found_;
     int32_t* failed_;
     int32_t* positions_;
-    const Score *row_slacks_, *column_slacks_;
     bool guessing_ = true;
 };
 

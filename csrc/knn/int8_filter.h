@@ -32,20 +32,11 @@ struct Quantiser {
     float step;
     double ratio;  // of residual to norm, about: filter.h's c
 
-    /// The step with the least squared residuals on some of the rows.
-    template <class T>
-    static Quantiser choose(const Rows<T>& rows, const T* centre) {
-        constexpr int64_t kSample = 256;
+    /// The step with the least squared residuals on these values.
+    static Quantiser choose(const float* z, int64_t count) {
         constexpr float kClips[] = {2.5F, 3, 3.5F, 4, 4.5F, 5, 6, 8, 12, 20, 40};  // in root mean squares
-        const int64_t every = rows.count / kSample + 1, depth = rows.depth;
         double square = 0;
-        int64_t count = 0;
-        const Buffer<float> z((rows.count / every + 1) * depth);
-        for (int64_t i = 0; i < rows.count; i += every)
-            for (int64_t j = 0; j < depth; ++j, ++count) {
-                z.data[count] = static_cast<float>(rows.row(i)[j] - centre[j]);
-                square += static_cast<double>(z.data[count]) * z.data[count];
-            }
+        for (int64_t j = 0; j < count; ++j) square += static_cast<double>(z[j]) * z[j];
         const auto size = static_cast<float>(std::sqrt(square / static_cast<double>(count)));
         Quantiser best{1, 1};
         if (!(size > 1e-12F)) return best;
@@ -54,7 +45,7 @@ struct Quantiser {
             const float step = size * clip / kMostCode;
             double residual = 0;
             for (int64_t j = 0; j < count; ++j) {
-                const float rest = z.data[j] - step * code_of(z.data[j], 1 / step);
+                const float rest = z[j] - step * code_of(z[j], 1 / step);
                 residual += static_cast<double>(rest) * rest;
             }
             if (residual >= least) continue;
@@ -62,6 +53,21 @@ struct Quantiser {
             best = {step, std::sqrt(residual / square) + 1e-6};
         }
         return best;
+    }
+
+    /// For the rows at some of the positions, less what `origin_of(position)` points to; where order is negative, none stands.
+    template <class T, class Origin>
+    static Quantiser choose(const Rows<T>& rows, const int32_t* order, int64_t positions, const Origin& origin_of) {
+        constexpr int64_t kSample = 256;
+        const int64_t every = positions / kSample + 1;
+        int64_t count = 0;
+        const Buffer<float> z((positions / every + 1) * rows.depth);
+        for (int64_t i = 0; i < positions; i += every) {
+            if (order[i] < 0) continue;
+            const T* origin = origin_of(i);
+            for (int64_t j = 0; j < rows.depth; ++j) z.data[count++] = static_cast<float>(rows.row(order[i])[j] - origin[j]);
+        }
+        return choose(z.data, count);
     }
 };
 

@@ -1,8 +1,11 @@
+#include "knn/clustered_finder.h"
+#include "knn/clusters.h"
 #include "knn/filter.h"
 #include "knn/finder.h"
 #include "knn/graph.h"
 #include "knn/int8_filter.h"
 #include "knn/knn.h"
+#include "knn/residual_filter.h"
 #include "knn/rows.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
@@ -74,7 +77,7 @@ bool search_with_int8(const Problem<T>& p) {
     constexpr int64_t kLeastDepth = 32, kLeastRows = 512;
     const Search<T>& s = p.search;
     if (s.d < kLeastDepth || s.d > Int8Filter<T>::kMostDepth || s.n < kLeastRows) return false;
-    const Quantiser quantiser = Quantiser::choose(p.x, p.centre);
+    const Quantiser quantiser = Quantiser::choose(p.x, p.order, s.n, [&](int64_t) { return p.centre; });
     const Int8Filter<T> columns(s.metric, p.x, p.order, p.centre, quantiser, s.exact, p.context);
     if (!columns.usable) return false;
     // About where what the products gain over single precision, a cycle for 85 features of a pair, goes into exact scores of
@@ -84,6 +87,24 @@ bool search_with_int8(const Problem<T>& p) {
     if (s.queries == nullptr) return p.run(columns, columns, affordable);
     const Int8Filter<T> rows(s.metric, p.queries, p.query_order, p.centre, quantiser, s.exact, p.context);
     return rows.usable && p.run(rows, columns, affordable);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+/// False where a clustering would not help: few rows, or no clusters among them.
+template <class T>
+bool search_in_clusters(const Problem<T>& p) {
+    constexpr int64_t kLeastDepth = 32, kLeastClusters = 8;
+    const Search<T>& s = p.search;
+    const int64_t count = Clusters<T>::count_for(s.n, s.k);
+    if (s.queries != nullptr || s.d < kLeastDepth || s.d > ResidualFilter<T>::kMostDepth || count < kLeastClusters)
+        return false;
+    const auto clusters = Clusters<T>::of(p.x, count, s.k + s.k / 2 + 16, p.context);
+    if (clusters.count < kLeastClusters) return false;
+    ResidualFilter<T> filter(s.metric, p.x, clusters, p.centre, s.exact, p.context);
+    if (!filter.usable) return false;
+    const double affordable = 1.5 * static_cast<double>(Candidates<int32_t>::capacity_for(s.k));
+    return ClusteredFinder<T>(s, p.exponent, filter, p.context).run(affordable);
 }
 #endif
 
@@ -100,7 +121,7 @@ void search(const Search<T>& s, const Context& context) {
     }
     const Problem<T> problem{s, exponent, context};
 #if defined(__AVX512VNNI__)
-    if (search_with_int8(problem)) return;
+    if (search_in_clusters(problem) || search_with_int8(problem)) return;
 #endif
     search_with_float(problem);
 }

@@ -4,9 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "common/intrinsics.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
@@ -85,6 +83,16 @@ inline uint64_t reaching(float a, float floor) {
     return a >= floor;
 }
 
+#endif
+
+/// Whether the functions above are there for such scores.
+template <class Score>
+constexpr bool kScanned = false;
+template <>
+constexpr bool kScanned<float> = true;
+#if defined(__AVX512F__)
+template <>
+constexpr bool kScanned<int32_t> = true;
 #endif
 
 /// The filter's score of each column is dots[c] + row_bias, the column's own bias being among its dots. The columns' floors

@@ -4,11 +4,8 @@
 
 #include <bit>
 
+#include "common/intrinsics.h"
 #include "pairwise_kl/batch.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
 namespace {
