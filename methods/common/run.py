@@ -43,6 +43,8 @@ class Run:
         self._events = None
         if resume is not None:
             self.path = resume
+            if parallel.is_first():
+                remove_parts(resume)
             return
         self.path = start_folder(method, config, data.name)
         if data.left_out:
@@ -152,7 +154,7 @@ def load_whole(path: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
+    """Write a file so that a kill at any moment leaves the old one or the new one (and perhaps a hidden part of one)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -164,6 +166,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
         with suppress(FileNotFoundError):
             temporary.unlink()
     return path
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_whole` had not finished when its process was killed."""
+    for part in folder.glob(".*.[0-9]*"):
+        part.unlink(missing_ok=True)
 
 
 def rng_state() -> dict[str, Any]:

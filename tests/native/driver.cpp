@@ -107,6 +107,24 @@ void run_kmeans(int64_t batch, int64_t n, int64_t k, int64_t d) {
     note(nearest), note(distances);
 }
 
+#if defined(__AVX512VNNI__)
+/// Enough rows, in groups, for the search to order them by clusters; of one cluster far more than of the others.
+void run_clusters() {
+    namespace knn = fastclust::knn;
+    constexpr int64_t n = 2100, d = 67, k = 3, groups = 11;
+    const auto centres = gaussian<float>(groups * d, 8);
+    auto x = gaussian<float>(n * d, 9);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < d; ++j) x[i * d + j] = x[i * d + j] / 2 + centres[(i % 2 == 0 ? 0 : i % groups) * d + j];
+    std::vector<float> values(n * k);
+    std::vector<int64_t> indices(n * k);
+    const Host search;
+    knn::FASTCLUST_CAPABILITY::kernels<float>().search(
+        {n, n, k, d, x.data(), nullptr, knn::Metric::euclidean, true, values.data(), indices.data()}, search.context);
+    note(values), note(indices);
+}
+#endif
+
 template <class T>
 void run_graph(int64_t n, int64_t k, int64_t d, int64_t columns) {
     namespace knn = fastclust::knn;
@@ -193,5 +211,8 @@ int main(int, char** argv) {
     threads = std::atoi(argv[1]);
     run_all<float>();
     run_all<double>();
+#if defined(__AVX512VNNI__)
+    run_clusters();
+#endif
     std::printf("%016llx\n", static_cast<unsigned long long>(digest));
 }
