@@ -154,7 +154,7 @@ def load_whole(path: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Write a file so that a kill at any moment leaves the old one or the new one, with a hidden part beside it at most."""
+    """Write a file so that a kill at any moment leaves the old one or the new one, beside it at most a hidden part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
