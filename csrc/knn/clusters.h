@@ -3,9 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
+#include "common/parallel.h"
 #include "kmeans/kmeans.h"
 #include "knn/buffer.h"
+#include "knn/candidates.h"
 #include "knn/rows.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
@@ -56,7 +59,41 @@ struct Clusters {
         return arranged(labels.data, rows.count, count, depth, centres, context);
     }
 
+    /// How many rows reach what a row's own cluster says of its k-th best score, about: from some rows against some others.
+    double expected_candidates(const Rows<T>& rows, Metric metric, int64_t k) const {
+        constexpr int64_t kRows = 96, kOthers = 512, kOwn = 1024;
+        int32_t reached[kRows] = {};
+        parallel_for(0, kRows, 4, [&](int64_t begin, int64_t end) {
+            const Buffer<T> scores(kOwn);
+            for (int64_t s = begin; s < end; ++s) {
+                const int64_t position = first_row_from((2 * s + 1) * padded / (2 * kRows)),
+                              cluster = of_panel[position / kPanel];
+                const T* x = rows.row(order[position]);
+                const auto score_of = [&](int64_t other) { return score(metric, x, rows.row(order[other]), depth); };
+                int64_t count = 0;
+                for (int64_t i = starts[cluster]; i < starts[cluster] + sizes[cluster] && count < kOwn; ++i)
+                    if (i != position) scores.data[count++] = score_of(i);
+                const T floor = bound_of_rank(scores.data, count, k, std::numeric_limits<T>::lowest());
+                for (int64_t o = 0; o < kOthers; ++o) {
+                    const int64_t other = first_row_from((2 * o + 1) * padded / (2 * kOthers));
+                    reached[s] += other != position && score_of(other) >= floor;
+                }
+            }
+        });
+        double all = 0;
+        for (const int32_t count : reached) all += count;
+        return all / static_cast<double>(kRows * kOthers) * static_cast<double>(rows.count);
+    }
+
    private:
+    /// The position of a row, the next from here on or else before.
+    int64_t first_row_from(int64_t position) const {
+        int64_t at = position;
+        while (at < padded && order[at] < 0) ++at;
+        while (at == padded || order[at] < 0) --at;
+        return at;
+    }
+
     /// Leaves out the clusters of fewer than `least` rows, whose rows go to the nearest centre that stays.
     static int64_t dissolve_small(const Rows<T>& rows, int64_t count, int64_t least, T* centres, int64_t* labels) {
         const int64_t depth = rows.depth;

@@ -88,9 +88,7 @@ bool search_with_int8(const Problem<T>& p) {
     const Int8Filter<T> rows(s.metric, p.queries, p.query_order, p.centre, quantiser, s.exact, p.context);
     return rows.usable && p.run(rows, columns, affordable);
 }
-#endif
 
-#if defined(__AVX512VNNI__)
 /// False where a clustering would not help: few rows, or no clusters among them.
 template <class T>
 bool search_in_clusters(const Problem<T>& p) {
@@ -100,10 +98,10 @@ bool search_in_clusters(const Problem<T>& p) {
     if (s.queries != nullptr || s.d < kLeastDepth || s.d > ResidualFilter<T>::kMostDepth || count < kLeastClusters)
         return false;
     const auto clusters = Clusters<T>::of(p.x, count, s.k + s.k / 2 + 16, p.context);
-    if (clusters.count < kLeastClusters) return false;
+    const double affordable = 1.5 * static_cast<double>(Candidates<int32_t>::capacity_for(s.k));
+    if (clusters.count < kLeastClusters || clusters.expected_candidates(p.x, s.metric, s.k) > affordable) return false;
     ResidualFilter<T> filter(s.metric, p.x, clusters, p.centre, s.exact, p.context);
     if (!filter.usable) return false;
-    const double affordable = 1.5 * static_cast<double>(Candidates<int32_t>::capacity_for(s.k));
     return ClusteredFinder<T>(s, p.exponent, filter, p.context).run(affordable);
 }
 #endif
