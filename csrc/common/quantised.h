@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/intrinsics.h"
+#include "common/lanes.h"
 
 #if defined(__AMX_INT8__) || defined(FASTCLUST_EMULATE_AMX)
 #define FASTCLUST_TILES 1
@@ -19,6 +20,8 @@
 #endif
 
 namespace fastclust::quantised::FASTCLUST_CAPABILITY {
+
+namespace lanes = fastclust::lanes::FASTCLUST_CAPABILITY;
 
 #if defined(__AVX512VNNI__)
 constexpr bool kAvailable = true;
@@ -87,15 +90,6 @@ struct Quantised {
 typedef float Sums __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 
-/// Of 16 lanes, halves on halves.
-template <class Vector>
-inline auto sum_of_lanes(const Vector& lanes) {
-    const auto eight = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7) +
-                       __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15);
-    const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-    return four[0] + four[2] + (four[1] + four[3]);
-}
-
 /// The largest |v_j|; v is padded with zeros to whole sixteens.
 inline float largest_magnitude(const float* v, int64_t depth) {
     Sums largest = {};
@@ -139,8 +133,8 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
             __builtin_memcpy(q + step * stride, reinterpret_cast<const uint8_t*>(&bytes) + 4 * part, 4);
     }
     for (int64_t step = (depth + 15) / 16 * 4; step < steps(depth); ++step) __builtin_memset(q + step * stride, 0, 4);
-    const float residual = sum_of_lanes(residuals), square = static_cast<float>(sum_of_lanes(squares));
-    *sum = sum_of_lanes(totals);
+    const float residual = lanes::sum(residuals), square = static_cast<float>(lanes::sum(squares));
+    *sum = lanes::sum(totals);
     constexpr float kUp = 1.0001f;  // covers the rounding of these sums
     return {scale, kUp * scale * __builtin_sqrtf(square), kUp * __builtin_sqrtf(residual)};
 }

@@ -1,5 +1,5 @@
-// The search among rows in clusters. A row's own block, rows of its cluster, gives it a floor that is certain and seldom far
-// from the last one; then groups of blocks meet in the rounds of a tournament, in which nobody plays twice, so that no two
+// The search among rows in clusters. A row's own block, rows of its cluster, gives it a first floor, seldom far from the last
+// one; then groups of blocks meet in the rounds of a tournament, in which nobody plays twice, so that no two
 // threads touch one row. Few pairs of different clusters reach a floor, and most of their tiles are given up before all
 // features are multiplied. The exact scores of what is left decide.
 #pragma once
@@ -19,6 +19,7 @@
 #include "knn/knn.h"
 #include "knn/scan.h"
 #include "knn/staged_tile.h"
+#include "knn/tournament.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
@@ -29,8 +30,7 @@ class ClusteredFinder {
 
     ClusteredFinder(const Search<T>& search, int exponent, Filter& filter, const Context& context)
         : filter_(filter),
-          slacks_(guessed_slacks(filter, context)),
-          keeper_(search, exponent, filter, filter, slacks_, slacks_, context),
+          keeper_(search, exponent, filter, filter, context),
           found_(keeper_.found),
           failed_(context.scratch<int32_t>(filter.padded())),
           k_(search.k) {
@@ -57,7 +57,7 @@ class ClusteredFinder {
         const Survey survey = take_survey();
         if (survey.candidates > affordable) return false;
         filter_.cut_after(survey.cuts());
-        play_tournament();
+        meet_all();
         const int64_t failures = finish();
         if (failures > 0) search_again(failures);
         return true;
@@ -145,9 +145,9 @@ class ClusteredFinder {
         for (int64_t i = 0; i < kTiles * kTiles; ++i) {
             const Block rows = sample(i / kTiles, kTiles, kStagedRows), columns = sample(i % kTiles, kTiles, kStagedColumns);
             if (rows.cluster == columns.cluster && rows.begin / kBlock == columns.begin / kBlock) continue;
+            pairs += (rows.end - rows.begin) * (columns.end - columns.begin);
             sweep(worker, rows, columns, [&](int64_t row, int64_t count, int64_t, int64_t width, int stage) {
                 ++survey.ended[stage];
-                pairs += count * width;
                 for (int64_t r = 0; stage == filter_.stages.count && r < count; ++r)
                     for (int64_t c = 0; c < width; ++c)
                         reached += worker.sums.data[r * kStagedColumns + c] >= found_.floors[row + r];
@@ -175,7 +175,7 @@ class ClusteredFinder {
         parallel_for(0, filter_.padded(), 64, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
             for (int64_t i = begin; i < end; ++i)
-                failed_[i] = filter_.order[i] >= 0 && !keeper_.finish_row(worker.kept, i, true) ? 1 : 0;
+                failed_[i] = filter_.order[i] >= 0 && !keeper_.finish_row(worker.kept, i) ? 1 : 0;
         });
         int64_t failures = 0;
         for (int64_t i = 0; i < filter_.padded(); ++i)
@@ -185,7 +185,7 @@ class ClusteredFinder {
 
     /// Those rows once more, against all blocks, with floors that are certain.
     void search_again(int64_t failures) {
-        keeper_.row_slacks = keeper_.column_slacks = filter_.drop;
+        keeper_.stop_guessing();
         for (int64_t f = 0; f < failures; ++f) {
             found_.counts[failed_[f]] = 0;
             found_.floors[failed_[f]] = Filter::kLowest;
@@ -194,7 +194,7 @@ class ClusteredFinder {
             Worker worker(*this);
             for (int64_t f = begin; f < end; ++f) {
                 for (int64_t b = 0; b < count_; ++b) search_for(worker, failed_[f], blocks_[b]);
-                keeper_.finish_row(worker.kept, failed_[f], false);
+                keeper_.finish_row(worker.kept, failed_[f]);
             }
         });
     }
@@ -211,23 +211,16 @@ class ClusteredFinder {
         });
     }
 
-    void play_tournament() {
+    void meet_all() {
         parallel_for(0, group_count_, 1, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
             for (int64_t g = begin; g < end; ++g)
                 for (int64_t a = groups_[g]; a < groups_[g + 1]; ++a)
                     for (int64_t b = a + 1; b < groups_[g + 1]; ++b) meet(worker, blocks_[a], blocks_[b]);
         });
-        const int64_t players = group_count_ + group_count_ % 2;  // with an odd number, whoever meets the last one rests
-        for (int64_t round = 0; round + 1 < players; ++round)
-            parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
-                Worker worker(*this);
-                for (int64_t pair = begin; pair < end; ++pair) {
-                    const int64_t a = pair == 0 ? players - 1 : (round + pair) % (players - 1);
-                    const int64_t b = (round + players - 1 - pair) % (players - 1);
-                    if (a < group_count_ && b < group_count_) meet_groups(worker, a, b);
-                }
-            });
+        play_tournament(
+            group_count_, [&] { return Worker(*this); },
+            [&](Worker& worker, int64_t a, int64_t b) { meet_groups(worker, a, b); }, [](int64_t) {});
     }
 
     void meet_groups(Worker& worker, int64_t a, int64_t b) {
@@ -268,21 +261,19 @@ class ClusteredFinder {
     /// `sums` holds kStagedColumns of the row's at a time, of a tile's rows in turn.
     void seed_floor(Worker& worker, int64_t row, const int32_t* sums, const Block& block) {
         const int64_t columns = block.end - block.begin;
-        const int32_t* slacks = slacks_ + block.begin;
+        const int32_t* slacks = keeper_.column_slacks() + block.begin;
         int32_t* lower = worker.kept.lower.data;
         for (int64_t first = 0; first < columns; first += kStagedColumns, sums += kStagedRows * kStagedColumns)
             for (int64_t c = 0; c < kStagedColumns && first + c < columns; ++c) lower[first + c] = sums[c] - slacks[first + c];
         const int32_t bound = bound_of_rank(lower, columns, k_, Filter::kLowest);
-        if (bound > Filter::kLowest) keeper_.raise_floor(row, bound - slacks_[row]);
+        if (bound > Filter::kLowest) keeper_.raise_floor(row, bound - keeper_.row_slacks()[row]);
     }
 
     /// Multiplies the tiles of a block's rows and another's columns: tile(row, count, column, width, stage) tells after which
     /// stage a tile was given up; after the last, its sums are in the worker.
     template <class Tile>
     void sweep(Worker& worker, const Block& a, const Block& b, const Tile& tile) {
-        const int32_t column_floor = least_floor(b.begin, b.end),
-                      column_bound = filter_.column_bound(b.begin, b.end, b.cluster, a.cluster);
-        begin_sweep(worker, a, b);
+        const int32_t column_floor = least_floor(b.begin, b.end), column_bound = begin_sweep(worker, a, b);
         for (int64_t row = a.begin; row < a.end; row += kStagedRows) {
             const int64_t last = row + kStagedRows < a.end ? row + kStagedRows : a.end;
             const int32_t row_floor = least_floor(row, last);
@@ -299,11 +290,12 @@ class ClusteredFinder {
         }
     }
 
-    void begin_sweep(Worker& worker, const Block& a, const Block& b) const {
+    /// Returns what the columns' side of a sum is at most.
+    int32_t begin_sweep(Worker& worker, const Block& a, const Block& b) const {
         filter_.row_starts(a.begin, a.end, b.cluster, worker.row_starts.data);
         for (int64_t i = a.end; i < a.end + kStagedRows - 1; ++i) worker.row_starts.data[i - a.begin] = Filter::kNever;
-        filter_.column_starts(b.begin, b.begin + panels_of(b.end - b.begin) * kPanel, b.cluster, a.cluster,
-                              worker.column_starts.data);
+        return filter_.column_starts(b.begin, b.begin + panels_of(b.end - b.begin) * kPanel, b.cluster, a.cluster,
+                                     worker.column_starts.data);
     }
 
     struct NoFloors {
@@ -367,7 +359,6 @@ class ClusteredFinder {
     }
 
     Filter& filter_;
-    const int32_t* slacks_;  // guessed
     Keeper<T, Filter> keeper_;
     Candidates<int32_t>& found_;
     int32_t* failed_;

@@ -22,6 +22,7 @@
 #include "knn/knn.h"
 #include "knn/rows.h"
 #include "knn/scan.h"
+#include "knn/tournament.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
@@ -37,9 +38,7 @@ class Finder {
           columns_(columns),
           self_(search.queries == nullptr),
           block_(block_size(columns.rows.count, Filter::bytes_per_row(search.d))),
-          row_slacks_(guessed_slacks(rows, context)),
-          column_slacks_(self_ ? row_slacks_ : guessed_slacks(columns, context)),
-          keeper_(search, exponent, rows, columns, row_slacks_, column_slacks_, context),
+          keeper_(search, exponent, rows, columns, context),
           found_(keeper_.found),
           failed_(context.scratch<int32_t>(rows.rows.count)),
           positions_(context.scratch<int32_t>(round_up(rows.rows.count, kStrip))) {
@@ -52,9 +51,7 @@ class Finder {
         sort_by_pivot();
         int64_t failures = finish(search_.m);
         if (failures == 0) return true;
-        guessing_ = false;
-        keeper_.row_slacks = row_slacks_ = rows_.drop;
-        keeper_.column_slacks = column_slacks_ = columns_.drop;
+        keeper_.stop_guessing();
         for (int64_t f = 0; f < failures; ++f) {
             found_.counts[positions_[f]] = 0;
             found_.floors[positions_[f]] = Filter::kLowest;
@@ -100,7 +97,7 @@ class Finder {
     /// The rank among `size` columns of the floor that they suggest: three deviations below where the k-th best of all should
     /// be.
     int64_t sample_rank(int64_t size) const {
-        if (!guessing_) return search_.k;
+        if (!keeper_.guessing()) return search_.k;
         const double share = static_cast<double>(size) / static_cast<double>(search_.n),
                      mean = static_cast<double>(search_.k) * share;
         const auto rank = static_cast<int64_t>(mean + 3 * std::sqrt(mean * (1 - (share < 1 ? share : 1))) + 2);
@@ -130,18 +127,11 @@ class Finder {
             }
         });
         if (expected_candidates(search_.m) > affordable) return false;
-        const int64_t players = count + count % 2;  // with an odd number, whoever meets the last one rests
-        for (int64_t round = 0; round + 1 < players; ++round) {
-            parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
-                Worker worker(*this);
-                for (int64_t pair = begin; pair < end; ++pair) {
-                    const int64_t a = pair == 0 ? players - 1 : (round + pair) % (players - 1);
-                    const int64_t b = (round + players - 1 - pair) % (players - 1);
-                    if (a < count && b < count) meet(worker, a, b);
-                }
+        play_tournament(
+            count, [&] { return Worker(*this); }, [&](Worker& worker, int64_t a, int64_t b) { meet(worker, a, b); },
+            [&](int64_t round) {
+                if (guess_again(round + 2)) refine_all_floors(round + 2);
             });
-            if (guess_again(round + 2)) refine_all_floors(round + 2);
-        }
         return true;
     }
 
@@ -224,17 +214,18 @@ class Finder {
     void seed_floor(Worker& worker, int64_t row, const Score* dots, int64_t first, int64_t columns) {
         const int64_t rank = sample_rank(columns), classes = rank * 8 < columns ? round_up(columns / 16, kGroup) : columns;
         const Score bias = rows_.bias[row];
+        const Score* slacks = keeper_.column_slacks();
         Score* best = worker.kept.lower.data;
         for (int64_t c = 0; c < classes; ++c) best[c] = Filter::kLowest;
         for (int64_t begin = 0; begin < columns; begin += classes) {
             const int64_t end = begin + classes < columns ? begin + classes : columns;
             for (int64_t c = begin; c < end; ++c) {
-                const Score lower = dots[c] + bias - column_slacks_[first + c];
+                const Score lower = dots[c] + bias - slacks[first + c];
                 best[c - begin] = best[c - begin] > lower ? best[c - begin] : lower;
             }
         }
         const Score bound = bound_of_rank(best, classes, rank, Filter::kLowest);
-        if (bound > Filter::kLowest) keeper_.raise_floor(row, bound - row_slacks_[row]);
+        if (bound > Filter::kLowest) keeper_.raise_floor(row, bound - keeper_.row_slacks()[row]);
     }
 
     template <bool kBoth>
@@ -296,7 +287,7 @@ class Finder {
     int64_t finish(int64_t count) {
         parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
             Worker worker(*this);
-            for (int64_t i = begin; i < end; ++i) failed_[i] = !keeper_.finish_row(worker.kept, positions_[i], guessing_);
+            for (int64_t i = begin; i < end; ++i) failed_[i] = !keeper_.finish_row(worker.kept, positions_[i]);
         });
         int64_t failures = 0;
         for (int64_t i = 0; i < count; ++i)
@@ -308,12 +299,10 @@ class Finder {
     const Filter &rows_, &columns_;
     bool self_;
     int64_t block_;
-    const Score *row_slacks_, *column_slacks_;
     Keeper<T, Filter> keeper_;
     Candidates<Score>& found_;
     int32_t* failed_;
     int32_t* positions_;
-    bool guessing_ = true;
 };
 
 }  // namespace fastclust::knn::FASTCLUST_CAPABILITY

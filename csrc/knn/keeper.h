@@ -13,17 +13,6 @@
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
-/// How far each column's scores may lie above the true ones, its share of it. While guessing, errors are taken to be small
-/// beside their bound: a score lies about half of it too high.
-template <class Filter>
-inline const typename Filter::Score* guessed_slacks(const Filter& filter, const Context& context) {
-    using Score = typename Filter::Score;
-    constexpr float kShare = 0.57F;
-    auto* slacks = context.scratch<Score>(filter.padded());
-    for (int64_t i = 0; i < filter.padded(); ++i) slacks[i] = static_cast<Score>(static_cast<float>(filter.drop[i]) * kShare);
-    return slacks;
-}
-
 /// Rows and columns go by their positions in the filter. A candidate's score lies no more than its row's and its column's
 /// slack above the true one (while floors are guessed: most likely).
 template <class T, class Filter>
@@ -42,17 +31,26 @@ class Keeper {
     };
 
     Candidates<Score> found;
-    const Score *row_slacks, *column_slacks;
 
-    Keeper(const Search<T>& search, int exponent, const Filter& rows, const Filter& columns, const Score* slacks_of_rows,
-           const Score* slacks_of_columns, const Context& context)
+    Keeper(const Search<T>& search, int exponent, const Filter& rows, const Filter& columns, const Context& context)
         : found(rows.padded(), search.k, Filter::kLowest, context),
-          row_slacks(slacks_of_rows),
-          column_slacks(slacks_of_columns),
           search_(search),
           exponent_(exponent),
           rows_(rows),
-          columns_(columns) {}
+          columns_(columns),
+          row_slacks_(guessed_slacks(rows, context)),
+          column_slacks_(&rows == &columns ? row_slacks_ : guessed_slacks(columns, context)) {}
+
+    const Score* row_slacks() const { return row_slacks_; }
+    const Score* column_slacks() const { return column_slacks_; }
+    bool guessing() const { return guessing_; }
+
+    /// From now on floors are certain.
+    void stop_guessing() {
+        row_slacks_ = rows_.drop;
+        column_slacks_ = columns_.drop;
+        guessing_ = false;
+    }
 
     void raise_floor(int64_t row, Score bound) {
         if (bound > found.floors[row]) found.floors[row] = bound;
@@ -71,9 +69,9 @@ class Keeper {
     void raise_to_rank(Workspace& space, int64_t row, int64_t rank) {
         const Candidate<Score>* candidates = found.of(row);
         const int32_t count = found.counts[row];
-        for (int32_t c = 0; c < count; ++c) space.lower.data[c] = candidates[c].score - column_slacks[candidates[c].column];
+        for (int32_t c = 0; c < count; ++c) space.lower.data[c] = candidates[c].score - column_slacks_[candidates[c].column];
         const Score bound = bound_of_rank(space.lower.data, count, rank, Filter::kLowest);
-        if (bound > Filter::kLowest) raise_floor(row, bound - row_slacks[row]);
+        if (bound > Filter::kLowest) raise_floor(row, bound - row_slacks_[row]);
         found.sift(row);
     }
 
@@ -83,13 +81,14 @@ class Keeper {
     }
 
     /// Writes the row's neighbours; false, and nothing written, where its floor was guessed too high.
-    bool finish_row(Workspace& space, int64_t row, bool guessed) {
+    bool finish_row(Workspace& space, int64_t row) {
         tighten(space, row);
         score_exactly(space, row);
         if (found.counts[row] < search_.k) return false;
         rank(space, row);
         const Ranked<T>* best = space.ranked.data;
-        if (guessed && static_cast<double>(best[search_.k - 1].score) < static_cast<double>(found.floors[row]) * columns_.unit)
+        if (guessing_ &&
+            static_cast<double>(best[search_.k - 1].score) < static_cast<double>(found.floors[row]) * columns_.unit)
             return false;
         const int64_t at = static_cast<int64_t>(rows_.order[row]) * search_.k;
         for (int64_t c = 0; c < search_.k; ++c) {
@@ -100,18 +99,28 @@ class Keeper {
     }
 
    private:
+    /// How far each column's scores may lie above the true ones, its share of it. While guessing, errors are taken to be small
+    /// beside their bound: a score lies about half of it too high.
+    static const Score* guessed_slacks(const Filter& filter, const Context& context) {
+        constexpr float kShare = 0.57F;
+        auto* slacks = context.scratch<Score>(filter.padded());
+        for (int64_t i = 0; i < filter.padded(); ++i)
+            slacks[i] = static_cast<Score>(static_cast<float>(filter.drop[i]) * kShare);
+        return slacks;
+    }
+
     /// The candidates' exact scores, in space.exact: of the likely first, then of those that the k-th of these leaves
     /// possible. The others are dropped.
     void score_exactly(Workspace& space, int64_t row) {
         Candidate<Score>* candidates = found.of(row);
         const int32_t count = found.counts[row];
-        const Score likely = found.floors[row] + row_slacks[row];
+        const Score likely = found.floors[row] + row_slacks_[row];
         int32_t scored = 0;
         for (int32_t c = 0; c < count; ++c) {
             const Candidate<Score> candidate = candidates[c];
             candidates[c] = candidates[scored];
             candidates[scored] = candidate;
-            scored += candidate.score - column_slacks[candidate.column] >= likely;
+            scored += candidate.score - column_slacks_[candidate.column] >= likely;
         }
         score_range(space, row, 0, scored);
         const T bound = bound_of_rank(space.exact.data, scored, search_.k, std::numeric_limits<T>::lowest());
@@ -170,6 +179,8 @@ class Keeper {
     const Search<T>& search_;
     int exponent_;
     const Filter &rows_, &columns_;
+    const Score *row_slacks_, *column_slacks_;
+    bool guessing_ = true;
 };
 
 }  // namespace fastclust::knn::FASTCLUST_CAPABILITY

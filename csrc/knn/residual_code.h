@@ -52,10 +52,10 @@ struct ResidualCode {
                 const int64_t here = w + 4 < word_count ? 4 : word_count - w;
                 __builtin_memcpy(words + w, &bytes, static_cast<size_t>(here) * 4);
             }
-            squares[part] = quantised::sum_of_lanes(square);
-            coded[part] = quantised::sum_of_lanes(coded_square);
-            rest[part] = quantised::sum_of_lanes(rest_square);
-            sums[part] = quantised::sum_of_lanes(sum);
+            squares[part] = quantised::lanes::sum(square);
+            coded[part] = quantised::lanes::sum(coded_square);
+            rest[part] = quantised::lanes::sum(rest_square);
+            sums[part] = quantised::lanes::sum(sum);
         }
     }
 };

@@ -91,27 +91,27 @@ class ResidualFilter {
         }
     }
 
-    /// What the sums of rows at [begin, end) start with on their side, the other side being of the cluster `other`; and on the
-    /// columns' side, with what depends on the two clusters alone.
+    /// What the sums of rows at [begin, end) start with on their side, the other side being of the cluster `other`.
     void row_starts(int64_t begin, int64_t end, int64_t other, int32_t* out) const {
         const int32_t* biases = biases_ + other * padded();
         for (int64_t i = begin; i < end; ++i) out[i - begin] = biases[i] + row_lifts_[0][i];
     }
-    void column_starts(int64_t begin, int64_t end, int64_t own, int64_t other, int32_t* out) const {
+
+    /// The same of columns, with what depends on the two clusters alone; what none of them passes, whatever its product, less
+    /// the rows' bound.
+    int32_t column_starts(int64_t begin, int64_t end, int64_t own, int64_t other, int32_t* out) const {
         const int32_t* biases = biases_ + other * padded();
         const int32_t apart = half_square_between(own, other);
         for (int64_t i = begin; i < end; ++i) out[i - begin] = biases[i] + column_lifts_[0][i] + apart;
+        return row_bound(begin, end, other) + apart;
     }
 
-    /// No sum of one of the rows (columns) at [begin, end) is above this without the other side's.
+    /// What no sum of the rows at [begin, end) passes, whatever its product, less the columns' bound.
     int32_t row_bound(int64_t begin, int64_t end, int64_t other) const {
         const int32_t *biases = biases_ + other * padded(), *halves = half_squares_;
         int32_t most = kNever;
         for (int64_t i = begin; i < end; ++i) most = biases[i] + halves[i] > most ? biases[i] + halves[i] : most;
         return most;
-    }
-    int32_t column_bound(int64_t begin, int64_t end, int64_t own, int64_t other) const {
-        return row_bound(begin, end, other) + half_square_between(own, other);
     }
 
     /// The tile of rows that begins at `position`, a multiple of kStagedRows into its cluster.

@@ -3,14 +3,15 @@
 
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
+#include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/products.h"
 #include "knn/knn.h"
 
 namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
+namespace lanes = fastclust::lanes::FASTCLUST_CAPABILITY;
 namespace products = fastclust::products::FASTCLUST_CAPABILITY;
 
 template <class T>
@@ -20,22 +21,6 @@ struct Rows {
 
     const T* row(int64_t i) const { return data + i * depth; }
 };
-
-/// The lanes' sum, halves on halves.
-template <class V>
-inline auto sum_of_halves(const V& lanes) {
-    constexpr size_t kBytes = sizeof(V), kCount = kBytes / sizeof(lanes[0]);
-    if constexpr (kCount == 2) {
-        return lanes[0] + lanes[1];
-    } else {
-        using T = std::remove_cvref_t<decltype(lanes[0])>;
-        typedef T Half __attribute__((vector_size(kBytes / 2)));
-        Half low, high;
-        __builtin_memcpy(&low, &lanes, kBytes / 2);
-        __builtin_memcpy(&high, reinterpret_cast<const char*>(&lanes) + kBytes / 2, kBytes / 2);
-        return sum_of_halves<Half>(low + high);
-    }
-}
 
 /// The sum over `depth` features of term(a, b), in an order that depends on `depth` alone: equal rows give equal scores.
 template <class T, class Term>
@@ -58,7 +43,8 @@ inline T reduce(const T* a, const T* b, int64_t depth, const Term& term) {
     }
     T tail = 0;
     for (; j < depth; ++j) tail += term(a[j], b[j]);
-    return sum_of_halves((sums[0] + sums[1]) + (sums[2] + sums[3])) + tail;
+    const V total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return lanes::sum(total) + tail;
 }
 
 template <class T>

@@ -72,7 +72,7 @@ void fill_row(const Batch<T>& batch, const Sorted<T>& s, int64_t i) {
         block_p[v] += some_p;
         block_log_p[v] += some_log_p;
     }
-    s.entropy[i] = sum_of_lanes<T>(products);
+    s.entropy[i] = lanes::sum(products);
     s.limit[i] = batch.margin;
     for (int lane = 0; lane < Simd<T>::kLanes; ++lane) s.has_zero[i / kBlock] |= zeros[lane] != 0;
 }

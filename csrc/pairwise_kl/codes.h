@@ -54,7 +54,7 @@ struct Codes {
     static float sum(const float* row, int64_t k) {
         quantised::Sums sums = {};
         for (int64_t c = 0; c < k; c += 16) sums += *reinterpret_cast<const quantised::Floats*>(row + c);
-        return quantised::sum_of_lanes(sums);
+        return quantised::lanes::sum(sums);
     }
 
     /// Row i, padded with zeros to whole sixteens; `work` is as long.

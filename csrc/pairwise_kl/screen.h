@@ -65,7 +65,7 @@ inline float margin_left(const Sorted<float>& s, int64_t i, int64_t j) {
                *log_p = reinterpret_cast<const Vector*>(s.log_p + j * s.width);
     Vector sum = {};
     for (int64_t v = 0; v < s.width / Simd<float>::kLanes; ++v) sum += p[v] * log_p[v];
-    return s.margin - (s.entropy[i] - quantised::sum_of_lanes(sum));
+    return s.margin - (s.entropy[i] - lanes::sum(sum));
 }
 
 /// Calls body(i, j) for the ones (i, j), counted from the whole batch's first row.

@@ -70,7 +70,7 @@ double hinge(const Sorted<T>& s, int64_t i_block, int64_t j_block, const T* tile
         within.row[i] = bits;
     }
     double total = 0;
-    for (const Vector& sum : sums) total += static_cast<double>(sum_of_lanes<T>(sum));
+    for (const Vector& sum : sums) total += static_cast<double>(lanes::sum(sum));
     return total;
 }
 

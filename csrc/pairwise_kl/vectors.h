@@ -5,8 +5,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/lanes.h"
+
 namespace fastclust::pairwise_kl::FASTCLUST_CAPABILITY {
 namespace {
+
+namespace lanes = fastclust::lanes::FASTCLUST_CAPABILITY;
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kRows = 8;
@@ -24,13 +28,6 @@ struct Simd {
     using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     typedef Integer Integers __attribute__((vector_size(kVectorBytes), may_alias));
 };
-
-template <class T>
-T sum_of_lanes(const typename Simd<T>::Vector& lanes) {
-    T sum = 0;
-    for (int lane = 0; lane < Simd<T>::kLanes; ++lane) sum += lanes[lane];
-    return sum;
-}
 
 /// to = e^from for `count` values, whole vectors. Of float: off by at most 1.5 units in the last place, 0 below -104, where
 /// float has none; x = n log 2 + r with |r| <= log(2) / 2, and e^r = 1 + r + r^2 q(r), q fitted for the least relative error,
