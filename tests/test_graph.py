@@ -47,6 +47,28 @@ def test_any_shape(n, share, symmetrize, seed):
         torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("symmetrize", ["sum", "max"])
+def test_many_rows_that_all_name_one(device, symmetrize):
+    n = 9001
+    offsets = torch.tensor([1, n // 2, n - 1])
+    indices = torch.cat([(torch.arange(n)[:, None] + offsets) % n, torch.full((n, 1), 4711)], dim=1)
+    similarities = torch.rand(n, 4, dtype=torch.float64) + 0.1
+    similarities[(indices == 4711).cumsum(1) > 1] = 0  # named once already
+    crow, col, weights = ops.knn_to_csr(similarities.to(device), indices.to(device), 2.0, symmetrize)
+    rows = torch.arange(n).repeat_interleave(4)
+    w = torch.sparse_coo_tensor(torch.stack([rows, indices.flatten()]), similarities.flatten() ** 2, (n, n)).coalesce()
+    expected = (w + w.T).coalesce() if symmetrize == "sum" else greater(w, w.T.coalesce())
+    kept = expected.values() > 0
+    assert torch.repeat_interleave(torch.arange(n), crow.diff().cpu()).equal(expected.indices()[0][kept])
+    assert col.cpu().equal(expected.indices()[1][kept])
+    torch.testing.assert_close(weights.cpu(), expected.values()[kept], rtol=1e-14, atol=0)
+
+
+def greater(a, b):
+    """max(a, b) of sparse matrices that are not negative: (a + b + |a - b|) / 2."""
+    return ((a + b + (a - b).coalesce().abs()) / 2).coalesce()
+
+
 @pytest.mark.parametrize("symmetrize", SYMMETRIZATIONS)
 @pytest.mark.parametrize("metric", ["cosine", "inner_product", "euclidean"])
 def test_graph_is_what_it_says(device, symmetrize, metric):
