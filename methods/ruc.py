@@ -147,7 +147,8 @@ class Learner:
         """What to build the networks from, and the network whose backbone they take, if there is one."""
         if self.config.start == "base" and isinstance(base.network, networks.Classifier):
             # Features of unit length leave a fresh layer's logits near 0.
-            return (base.architecture or {}) | {"unit_length": False}, base.network
+            fitting = {} if self.config.head == "base" else {"unit_length": False}
+            return (base.architecture or {}) | fitting, base.network
         channels, size = self.images.shape[1], tuple(self.images.shape[2:])
         small = channels == 1 and max(size) <= 28
         architecture = {
@@ -161,10 +162,12 @@ class Learner:
         return architecture, None
 
     def _fresh(self, start: nn.Module | None, statistics: tuple[Tensor, Tensor]) -> networks.Classifier:
-        """A network with the backbone of `start`, or random weights; its final layer is random (A.2)."""
+        """A network with the backbone of `start`, or random weights; its final layer is random (A.2) unless asked."""
         network = networks.build(**self.architecture)
         if start is not None:
             network.standardise, network.body = copy.deepcopy(start.standardise), copy.deepcopy(start.body)
+            if self.config.head == "base":
+                network.head = copy.deepcopy(start.head)
         else:
             network.standardise.set(*(value.cpu() for value in statistics))
         return network.requires_grad_().to(self.images.device)

@@ -62,7 +62,10 @@ class Config(RunConfig):
 
     # The networks and their training.
     start: Literal["base", "random"] = "base"
-    """The networks' backbone: the base's network, if it left one, or random weights. The final layer is fresh."""
+    """The networks' backbone: the base's network, if it left one, or random weights."""
+    head: Literal["fresh", "base"] = "fresh"
+    """Their final layer: random (A.2), or the base's where the backbone is: in a run of few steps a fresh one moves
+    images between clusters by not being learnt yet."""
     network: str = ""
     """`cnn-small`, `cnn13`, `resnet18`, for random weights; empty: cnn-small for grey images of up to 28 pixels, else
     resnet18."""

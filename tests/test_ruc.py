@@ -439,6 +439,10 @@ def test_a_run_gives_its_backbone_and_its_choice_of_images(small: Config, monkey
     heads = [network.head.weight for network in (*learner.networks, base.network)]
     assert not torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
+    config_of_head, clean = dataclasses.replace(config, head="base"), torch.ones(90, dtype=torch.bool)
+    learner = Learner(config_of_head, data.x_train, data.pixel_statistics(), base, clean)
+    torch.testing.assert_close(learner.assignments(), learner.predict(base.network))  # it starts where the base ended
+    assert learner.networks[0].head.weight is not learner.networks[1].head.weight
     with pytest.raises(UserError, match="--data"):
         ruc.load_with_base(dataclasses.replace(config, data="digits"))
     with pytest.raises(UserError, match="--subset 60"):
