@@ -46,7 +46,7 @@ def knn(
 
     A cheap filter with a certified error bound rules out almost all pairs; the exact scores of the rest, products in
     the dtype of `x` (`euclidean`: sums of squared differences), decide. Nothing of size M × N is stored: beside the
-    rows' prepared copies the search holds 24 k + 1100 bytes per query.
+    rows' prepared copies the search holds at most 32 k + 2900 bytes per query.
 
     Args:
         x: (N, D) float tensor, D at least 1; float16 and bfloat16 are computed and returned in float32

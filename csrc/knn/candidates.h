@@ -63,26 +63,36 @@ struct Ranked {
     bool before(const Ranked& other) const { return score > other.score || (score == other.score && index < other.index); }
 };
 
-/// Sorts best first. Runs of kRun are placed by counting, which has no branches to mispredict; then they are merged.
+/// Where each of the items stands in their order. Places are counted, which has no branches to mispredict. Beyond `count`
+/// scores are -infinity, `padded` of them altogether.
+template <class T>
+inline void count_places(const T* scores, const int32_t* indices, int64_t count, int64_t padded, int64_t* places) {
+    int64_t all = 0;
+    for (int64_t j = 0; j < count; ++j) all += places[j] = count_reaching(scores, padded, scores[j]) - 1;
+    if (all == count * (count - 1) / 2) return;
+    for (int64_t j = 0; j < count; ++j) {  // some are equal, and have been given the last of their places
+        int32_t behind = 0;
+        for (int64_t i = 0; i < count; ++i) behind += (scores[i] == scores[j]) & (indices[i] > indices[j]);
+        places[j] -= behind;
+    }
+}
+
+/// Sorts best first: runs of kRun, then they are merged.
 template <class T>
 inline void sort_ranked(Ranked<T>* items, int64_t count, Ranked<T>* spare) {
-    constexpr int64_t kRun = 128, kLanes = 16;
+    constexpr int64_t kRun = 256;
     for (int64_t begin = 0; begin < count; begin += kRun) {
-        const int64_t length = count - begin < kRun ? count - begin : kRun;
-        T scores[kRun] = {};
-        int32_t indices[kRun] = {}, places[kRun] = {};
+        const int64_t length = count - begin < kRun ? count - begin : kRun,
+                      padded = (length + kScanLanes - 1) / kScanLanes * kScanLanes;
+        T scores[kRun];
+        int32_t indices[kRun];
+        int64_t places[kRun];
         for (int64_t i = 0; i < length; ++i) {
             scores[i] = items[begin + i].score;
             indices[i] = items[begin + i].index;
         }
-        for (int64_t j = 0; j < length; ++j) {
-            const T score = scores[j];
-            const int32_t index = indices[j];
-            for (int64_t first = 0; first < length; first += kLanes)
-#pragma GCC ivdep
-                for (int64_t i = first; i < first + kLanes; ++i)
-                    places[i] += (score > scores[i]) | ((score == scores[i]) & (index < indices[i]));
-        }
+        for (int64_t i = length; i < padded; ++i) scores[i] = -std::numeric_limits<T>::infinity();
+        count_places(scores, indices, length, padded, places);
         for (int64_t i = 0; i < length; ++i) spare[begin + places[i]] = {scores[i], indices[i]};
     }
     Ranked<T>*from = spare, *to = items;

@@ -56,7 +56,7 @@ class ClusteredFinder {
         });
         const Survey survey = take_survey();
         if (survey.candidates > affordable) return false;
-        filter_.cut_after(survey.cuts());
+        filter_.cut_after(survey.cuts(filter_.words));
         meet_all();
         const int64_t failures = finish();
         if (failures > 0) search_again(failures);
@@ -104,31 +104,31 @@ class ClusteredFinder {
               sums(kStagedRows * (kBlock + kStagedColumns)) {}
     };
 
-    /// How many of the tiles looked at were given up after each quarter of the features, and how many candidates to expect.
+    /// How many of the tiles looked at were given up after each eighth of the features, and how many candidates to expect.
     struct Survey {
         int64_t ended[Stages::kMost + 1] = {};
         double candidates = 0;
 
-        /// The cuts with the least expected work; looking at a tile costs about as much as a twentieth of its products.
-        unsigned cuts() const {
-            constexpr double kLook = 0.05;
+        /// The cuts with the least expected work; looking at a tile costs about as much as eight of its words' products.
+        unsigned cuts(int64_t words) const {
+            const double look = 8.0 / static_cast<double>(words);
             if (quantised::kTiles) return 0;
             double tiles = 0;
             for (const int64_t count : ended) tiles += static_cast<double>(count);
             unsigned best = 0;
             double least = std::numeric_limits<double>::infinity();
-            for (unsigned quarters = 0; quarters < 1U << (Stages::kMost - 1); ++quarters) {
+            for (unsigned eighths = 0; eighths < 1U << (Stages::kMost - 1); ++eighths) {
                 double work = 0, left = tiles, share = 0;
                 int64_t given_up = 0;
                 for (int s = 0; s < Stages::kMost; ++s) {
                     share += 1.0 / Stages::kMost;
                     given_up += ended[s];
-                    if (s + 1 < Stages::kMost && (quarters >> s & 1) == 0) continue;
-                    work += left * (share + kLook);
+                    if (s + 1 < Stages::kMost && (eighths >> s & 1) == 0) continue;
+                    work += left * (share + look);
                     left = tiles - static_cast<double>(given_up);
                     share = 0;
                 }
-                if (work < least) least = work, best = quarters;
+                if (work < least) least = work, best = eighths;
             }
             return best;
         }

@@ -2,6 +2,7 @@
 // of rows of two clusters are told apart by little more than the distance between these.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -15,7 +16,8 @@ namespace fastclust::knn::FASTCLUST_CAPABILITY {
 
 namespace kmeans = fastclust::kmeans;
 
-/// A cluster's rows stand at positions [starts[c], starts[c] + sizes[c]); each starts a new panel.
+/// A cluster's rows stand at positions [starts[c], starts[c] + sizes[c]), from its centre outwards, so that a tile's rows are
+/// about as far from it; each cluster starts a new panel.
 template <class T>
 struct Clusters {
     static constexpr int64_t kPanel = 16;
@@ -55,8 +57,8 @@ struct Clusters {
                        centres, labels.data, &inertia, &iterations},
                       arena.context);
         kernels.assign({1, rows.count, count, depth, rows.data, centres, true, labels.data, distances.data}, arena.context);
-        count = dissolve_small(rows, count, least, centres, labels.data);
-        return arranged(labels.data, rows.count, count, depth, centres, context);
+        count = dissolve_small(rows, count, least, centres, labels.data, distances.data);
+        return arranged(labels.data, distances.data, rows.count, count, depth, centres, context);
     }
 
     /// How many rows reach what a row's own cluster says of its k-th best score, about: from some rows against some others.
@@ -95,7 +97,8 @@ struct Clusters {
     }
 
     /// Leaves out the clusters of fewer than `least` rows, whose rows go to the nearest centre that stays.
-    static int64_t dissolve_small(const Rows<T>& rows, int64_t count, int64_t least, T* centres, int64_t* labels) {
+    static int64_t dissolve_small(const Rows<T>& rows, int64_t count, int64_t least, T* centres, int64_t* labels,
+                                  T* distances) {
         const int64_t depth = rows.depth;
         const Buffer<int64_t> sizes(count), names(count), moved(rows.count);
         for (int64_t c = 0; c < count; ++c) sizes.data[c] = 0;
@@ -112,14 +115,17 @@ struct Clusters {
             labels[i] = names.data[labels[i]];
             if (labels[i] < 0) moved.data[moving++] = i;
         }
-        const Buffer<T> gathered(moving * depth), distances(moving);
+        const Buffer<T> gathered(moving * depth), nearest_distances(moving);
         const Buffer<int64_t> nearest(moving);
         for (int64_t m = 0; m < moving; ++m)
             for (int64_t j = 0; j < depth; ++j) gathered.data[m * depth + j] = rows.row(moved.data[m])[j];
         Arena arena;
         kmeans::FASTCLUST_CAPABILITY::kernels<T>().assign(
-            {1, moving, stay, depth, gathered.data, centres, true, nearest.data, distances.data}, arena.context);
-        for (int64_t m = 0; m < moving; ++m) labels[moved.data[m]] = nearest.data[m];
+            {1, moving, stay, depth, gathered.data, centres, true, nearest.data, nearest_distances.data}, arena.context);
+        for (int64_t m = 0; m < moving; ++m) {
+            labels[moved.data[m]] = nearest.data[m];
+            distances[moved.data[m]] = nearest_distances.data[m];
+        }
         return stay;
     }
 
@@ -131,8 +137,8 @@ struct Clusters {
         }
     }
 
-    static Clusters arranged(const int64_t* labels, int64_t rows, int64_t count, int64_t depth, const T* centres,
-                             const Context& context) {
+    static Clusters arranged(const int64_t* labels, const T* distances, int64_t rows, int64_t count, int64_t depth,
+                             const T* centres, const Context& context) {
         auto* starts = context.scratch<int64_t>(count);
         auto* sizes = context.scratch<int64_t>(count);
         for (int64_t c = 0; c < count; ++c) sizes[c] = 0;
@@ -151,6 +157,11 @@ struct Clusters {
         const Buffer<int64_t> next(count);
         for (int64_t c = 0; c < count; ++c) next.data[c] = starts[c];
         for (int64_t i = 0; i < rows; ++i) order[next.data[labels[i]]++] = static_cast<int32_t>(i);
+        parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t c = begin; c < end; ++c)
+                std::sort(order + starts[c], order + starts[c] + sizes[c],
+                          [&](int32_t a, int32_t b) { return Ranked<T>{distances[b], a}.before({distances[a], b}); });
+        });
         return {count, depth, padded, centres, starts, sizes, order, of_panel};
     }
 };

@@ -1,4 +1,4 @@
-// One row's residual in 8 bits, with what the filter must know of each quarter of its features.
+// One row's residual in 8 bits, with what the filter must know of each eighth of its features.
 #pragma once
 
 #include "knn/int8_filter.h"

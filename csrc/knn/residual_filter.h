@@ -79,12 +79,12 @@ class ResidualFilter {
     int64_t padded() const { return clusters.padded; }
     int32_t at_most(T exact) const { return static_cast<int32_t>(std::floor(static_cast<double>(exact) / unit)) - 1; }
 
-    /// Products will be looked at after the quarters s of the features whose bit s is set, and in the end.
-    void cut_after(unsigned quarters) {
+    /// Products will be looked at after the eighths s of the features whose bit s is set, and in the end.
+    void cut_after(unsigned eighths) {
         stages.count = 0;
         int first = 0;
         for (int s = 0; s < Stages::kMost; ++s) {
-            if (s + 1 < Stages::kMost && (quarters >> s & 1) == 0) continue;
+            if (s + 1 < Stages::kMost && (eighths >> s & 1) == 0) continue;
             lift_stage(stages.count, first, s);
             stages.begins[++stages.count] = ResidualCode::begin(s + 1, words);
             first = s + 1;
@@ -321,17 +321,17 @@ class ResidualFilter {
     }
 
     bool write_biases(const Packing& packing, int64_t first, int64_t last, const T* scores, const double* constants) {
-        double greatest = 0;
+        const double nobody = kNobody / 2 * inverse_unit_;
+        int32_t outside = 0;
         for (int64_t c = 0; c < clusters.count; ++c)
             for (int64_t i = first; i < last; ++i) {
                 double bias = static_cast<double>(scores[c * kChunk + i - first]) - packing.half_squares.data[c];
                 bias = std::ceil((bias + constants[i - first]) * inverse_unit_);
-                const double size = bias > kNobody / 2 * inverse_unit_ ? std::fabs(bias) : 0;
-                greatest = size > greatest ? size : greatest;
+                outside |= (bias > nobody && bias < -kMostBias) || bias > kMostBias;
                 bias = bias < kMostBias ? bias > -kMostBias ? bias : kNever : kMostBias;
                 biases_[c * padded() + i] = static_cast<int32_t>(bias);
             }
-        return greatest < kMostBias;
+        return outside == 0;
     }
 
     double inverse_unit_;

@@ -53,10 +53,20 @@ inline T score(Metric metric, const T* a, const T* b, int64_t depth) {
     return T(-0.5) * reduce(a, b, depth, [](auto u, auto v) { return (u - v) * (u - v); });
 }
 
+/// By lanes: g++ makes no maximum of floats of its own account.
 template <class T>
 inline T largest_magnitude(const T* x, int64_t count) {
-    T largest = 0;
-    for (int64_t j = 0; j < count; ++j) {
+    constexpr int kLanes = products::kLanes<T>;
+    T lanes[kLanes] = {}, largest = 0;
+    int64_t j = 0;
+    for (; j + kLanes <= count; j += kLanes)
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const T magnitude = std::fabs(x[j + lane]);
+            lanes[lane] = lanes[lane] > magnitude ? lanes[lane] : magnitude;
+        }
+    for (const T magnitude : lanes) largest = largest > magnitude ? largest : magnitude;
+    for (; j < count; ++j) {
         const T magnitude = std::fabs(x[j]);
         largest = largest > magnitude ? largest : magnitude;
     }

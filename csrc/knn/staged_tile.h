@@ -16,7 +16,7 @@ constexpr int64_t kStagedColumns = kStagedPanels * fastclust::quantised::FASTCLU
 
 /// Where the products are looked at: stage s takes the words (four features each) [begins[s], begins[s + 1]).
 struct Stages {
-    static constexpr int kMost = 4;
+    static constexpr int kMost = 8;
 
     int count = 1;
     int64_t begins[kMost + 1] = {};
