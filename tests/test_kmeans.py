@@ -92,6 +92,21 @@ def test_plus_plus_equals_its_twin(device, weighted, candidates):
         torch.testing.assert_close(left[0], left[1], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("n", "d", "k", "candidates", "values"), [(1500, 40, 60, 5, 25), (700, 20, 30, 11, 3), (12, 2, 8, 3, 2)]
+)
+def test_plus_plus_picks_what_its_twin_picks_of_integers(device, weighted, n, d, k, candidates, values):
+    """Their distances and sums are exact in any order; the last has fewer distinct rows than picks."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(values, (2, n, d), generator=generator).float()
+    weight = torch.randint(3, (2, n), generator=generator).float() if weighted else None
+    uniforms = torch.rand(2, 2, k, candidates, generator=generator)
+    got = ops.kmeans_plus_plus(x.to(device), None if weight is None else weight.to(device), uniforms.to(device)).cpu()
+    want = reference.kmeans_plus_plus(x.double(), None if weight is None else weight.double(), uniforms.double())
+    assert got.equal(want)
+
+
 @pytest.mark.parametrize("k", [1, 10, 100])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_inertia_equals_scikit_learns(device, k, offset):

@@ -83,7 +83,7 @@ constexpr int64_t step_stride(int group) {
 /// How a vector was quantised; the norms are rounded up.
 struct Quantised {
     float scale;     // > 0
-    float norm;      // |v~|
+    float norm;      // |v~|, or more by 1.3e-6 of it at most
     float residual;  // |v - v~|
 };
 
@@ -135,8 +135,8 @@ inline Quantised quantise(const float* v, int64_t depth, float scale, int excess
     for (int64_t step = (depth + 15) / 16 * 4; step < steps(depth); ++step) __builtin_memset(q + step * stride, 0, 4);
     const float residual = lanes::sum(residuals), square = static_cast<float>(lanes::sum(squares));
     *sum = lanes::sum(totals);
-    constexpr float kUp = 1.0001f;  // covers the rounding of these sums
-    return {scale, kUp * scale * __builtin_sqrtf(square), kUp * __builtin_sqrtf(residual)};
+    constexpr float kUp = 1.000001f, kUpSum = 1.0001f;  // cover a few roundings, and those of a sum
+    return {scale, kUp * scale * __builtin_sqrtf(square), kUpSum * __builtin_sqrtf(residual)};
 }
 
 #if FASTCLUST_TILES

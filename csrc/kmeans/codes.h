@@ -24,7 +24,7 @@ inline int64_t padded_depth(int64_t d) {
 struct QuantisedRows {
     int64_t n, d, steps;            // of four features
     uint8_t* panels;                // quantised.h, signed
-    int32_t* starts;                // (N)
+    int32_t* starts;                // (N) and the rest of the last panel
     quantised::Quantised* how;      // (N)
     float* centred;                 // one padded row per piece
     float* kept;                    // (N, padded D) room for
@@ -35,7 +35,7 @@ struct QuantisedRows {
           d(d_),
           steps(quantised::steps(d_)),
           panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes())),
-          starts(context.scratch<int32_t>(n_)),
+          starts(context.scratch<int32_t>((n_ + kLanes - 1) / kLanes * kLanes)),
           how(context.scratch<quantised::Quantised>(n_)),
           centred(context.scratch<float>(pieces * padded_depth(d_))),
           kept(sorts ? context.scratch<float>(n_ * padded_depth(d_)) : nullptr) {}
