@@ -22,12 +22,13 @@ void require_device(const char* op, const char* name, const Tensor& tensor, cons
 
 /// Touching fresh memory for the first time costs one fault per page. Where the kernel grants large pages only to those who ask
 /// (Linux's default), this asks; where it does not, nothing changes.
-void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(MADV_HUGEPAGE)
     constexpr size_t kHugePage = size_t{2} << 20, kPage = 4096;
-    if (bytes < 2 * kHugePage) return;
-    const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-    const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+    const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+    if (!tensor.is_cpu() || bytes < 2 * kHugePage) return;
+    const auto data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    const auto begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -99,7 +100,9 @@ void require_finite_rows(const char* op, const char* name, const Tensor& tensor)
 }
 
 Tensor empty_on(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::empty({sizes.data(), sizes.size()}, dtype, std::nullopt, like.device());
+    Tensor tensor = torch::stable::empty({sizes.data(), sizes.size()}, dtype, std::nullopt, like.device());
+    ask_for_huge_pages(tensor);
+    return tensor;
 }
 
 OpScope::OpScope(const Tensor& like) : like_(like) {
@@ -107,9 +110,7 @@ OpScope::OpScope(const Tensor& like) : like_(like) {
     context_.allocate = [](void* owner, size_t bytes) {
         auto* scope = static_cast<OpScope*>(owner);
         const auto size = static_cast<int64_t>(bytes);
-        void* data = scope->scratch_.emplace_back(empty_on(scope->like_, {size}, ScalarType::Byte)).mutable_data_ptr();
-        if (scope->like_.is_cpu()) ask_for_huge_pages(data, bytes);
-        return data;
+        return scope->scratch_.emplace_back(empty_on(scope->like_, {size}, ScalarType::Byte)).mutable_data_ptr();
     };
     if (!like.is_cpu()) {
         guard_.emplace(like.get_device_index());

@@ -137,16 +137,11 @@ class Keeper {
         const Candidate<Score>* candidates = found.of(row);
         const T* x = rows_.rows.row(rows_.order[row]);
         const auto other = [&](int32_t c) { return columns_.rows.row(columns_.order[candidates[c].column]); };
-        for (int32_t c = begin; c < end && c < begin + kAhead; ++c) prefetch_row(other(c));
+        for (int32_t c = begin; c < end && c < begin + kAhead; ++c) prefetch_row(other(c), search_.d);
         for (int32_t c = begin; c < end; ++c) {
-            if (c + kAhead < end) prefetch_row(other(c + kAhead));
+            if (c + kAhead < end) prefetch_row(other(c + kAhead), search_.d);
             space.exact.data[c] = score(search_.metric, x, other(c), search_.d);
         }
-    }
-
-    void prefetch_row(const T* row) const {
-        constexpr int64_t kLine = 64 / sizeof(T), kMost = 8 * kLine;
-        for (int64_t j = 0; j < search_.d && j < kMost; j += kLine) __builtin_prefetch(row + j);
     }
 
     /// The exactly scored candidates, best first in space.ranked.

@@ -126,6 +126,7 @@ class ResidualFilter {
    private:
     static constexpr double kMostBias = 1 << 27;
     static constexpr int64_t kChunk = 64;      // positions packed together
+    static constexpr int64_t kAhead = 4;       // positions to the row that is fetched into a cache
     static constexpr double kNobody = -1e200;  // the constant where no row stands: no row's is near it
     static constexpr uint32_t kExcess = 0x80808080U;
 
@@ -232,6 +233,7 @@ class ResidualFilter {
                 bool good = true;
                 for (int64_t i = first; i < first + kChunk; ++i) {
                     T* own = z.data + (i - first) * depth;
+                    if (i + kAhead < last && order[i + kAhead] >= 0) prefetch_row(rows.row(order[i + kAhead]), depth);
                     if (i < last && order[i] >= 0)
                         good &= pack_row(packing, i, own, residual.data, code.data, &constants[i - first]);
                     else

@@ -22,6 +22,12 @@ struct Rows {
     const T* row(int64_t i) const { return data + i * depth; }
 };
 
+template <class T>
+inline void prefetch_row(const T* row, int64_t depth) {
+    constexpr int64_t kLine = 64 / sizeof(T), kMost = 8 * kLine;
+    for (int64_t j = 0; j < depth && j < kMost; j += kLine) __builtin_prefetch(row + j);
+}
+
 /// The sum over `depth` features of term(a, b), in an order that depends on `depth` alone: equal rows give equal scores.
 template <class T, class Term>
 inline T reduce(const T* a, const T* b, int64_t depth, const Term& term) {
