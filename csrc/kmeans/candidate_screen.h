@@ -43,7 +43,7 @@ class CandidateScreen<float> {
         rows_.prepare(pieces_, x, shift_, nullptr);
         for_pieces(pieces_, rows_.n, [&](int, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
-                const Bounds bounds = bounds_of(rows_.how[row]);
+                const Bounds bounds = bounds_of(rows_.quantised_row(row));
                 scales_[row] = bounds.scale, squares_[row] = bounds.square, residuals_[row] = bounds.residual;
             }
         });
@@ -137,7 +137,7 @@ class CandidateScreen<float> {
     void multiply(int64_t begin, int32_t* products) const {
         const auto tile = [&]<int Rows>() {
             quantised::multiply_tile<Rows, kGroup, Panels>(codes_, rows_.panel_of(begin), kLanes * 4, rows_.panel_bytes(),
-                                                           rows_.steps, rows_.starts + begin, products, kBlockRows);
+                                                           rows_.steps, rows_.how.starts + begin, products, kBlockRows);
         };
         if constexpr (quantised::kTiles) {
             tile.template operator()<kGroup>();

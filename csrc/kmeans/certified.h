@@ -14,6 +14,7 @@
 #include "kmeans/codes.h"
 #include "kmeans/float_scores.h"
 #include "kmeans/reach.h"
+#include "kmeans/staged.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 
@@ -30,12 +31,11 @@ template <>
 class CertifiedAssigner<float> {
    public:
     CertifiedAssigner(int64_t k, int64_t d, const Context& context)
-        : staged_(context.scratch<int32_t>(kStagedLanes * quantised::steps(d))),
+        : staged_(d, context),
           products_(context.scratch<int32_t>((k + QuantisedCentres::kGroup) * kBlockRows)),
           tops_(context.scratch<float>(QuantisedCentres::groups(k) * kBlockRows)),
           every_(context.scratch<int32_t>(QuantisedCentres::groups(k))),
           float_scores_(d, context) {
-        for (int64_t i = 0; i < kStagedLanes * quantised::steps(d); ++i) staged_[i] = 0;
         for (int64_t g = 0; g < QuantisedCentres::groups(k); ++g) every_[g] = static_cast<int32_t>(g);
     }
 
@@ -51,10 +51,11 @@ class CertifiedAssigner<float> {
         int64_t scored = 0;
         for (int64_t first = 0; first < count; first += kBlockRows) {
             const int64_t size = count - first < kBlockRows ? count - first : kBlockRows;
-            stage(data, rows + first, size);
+            staged_.stage(data, rows + first, size);
+            staged_.bound(centres, kScoreBits);
+            std::fill_n(least_, kBlockRows, __builtin_inff());
             prefetch(data, centres, x, rows + first, size, count - first - size);
-            keep_highest(centres, size);
-            bound(data, centres, rows + first, size);
+            keep_highest(centres);
             if (nearest.standing)
                 scored += challenge(centres, all, data, x, rows + first, size, nearest.from(first));
             else
@@ -72,44 +73,17 @@ class CertifiedAssigner<float> {
             for (int64_t i = 0; i < open_count_; ++i) open_[i] = static_cast<int32_t>(i);
             for (int64_t i = 0; i < open_count_; ++i) {
                 fetch_open(i, centres, data, x, rows + first);
-                rank_rivals(data.how[rows[first + i]], centres, i, nearest.from(first + i));
+                rank_rivals(data.length(rows[first + i]), centres, i, nearest.from(first + i));
             }
         }
     }
 
    private:
     static constexpr int64_t kLanes = quantised::kWidth;
-    static constexpr int64_t kStagedLanes = kBlockRows + kLanes;  // the last compressed store reaches beyond the block
-    static constexpr int kIndexBits = 10;
+    static constexpr int kIndexBits = 10, kScoreBits = 23 - kIndexBits;
     static constexpr int64_t kChunk = 1 << kIndexBits;  // centroids whose indices a score's lowest bits can tell apart
     static constexpr float kNone = -3e38f;
     static constexpr int kKept = kRivals + 2;  // the nearest, its rivals, and one that stands for all others
-    static_assert(kBlockRows == 3 * kLanes);
-
-    /// The block's rows side by side: where they stand if nothing lies between them, else each step of a source panel is one
-    /// compressed store.
-    void stage(const QuantisedRows& data, const int64_t* rows, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            starts_[i] = data.starts[rows[i]];
-            inverses_[i] = 1 / data.how[rows[i]].scale;
-            for (auto& of_lanes : best_) of_lanes[i] = kNone;
-        }
-        if (rows[0] % kLanes == 0 && rows[count - 1] - rows[0] == count - 1) {
-            codes_ = {data.panel_of(rows[0]), kLanes * 4, data.panel_bytes()};
-            return;
-        }
-        codes_ = {reinterpret_cast<const uint8_t*>(staged_), kStagedLanes * 4, kLanes * 4};
-        for (int64_t i = 0, filled = 0; i < count; filled = i) {
-            const auto* from = reinterpret_cast<const int32_t*>(data.panel_of(rows[i]));
-            const int64_t end = rows[i] / kLanes * kLanes + kLanes;
-            unsigned lanes = 0;
-            for (; i < count && rows[i] < end; ++i) lanes |= 1U << rows[i] % kLanes;
-            for (int64_t step = 0; step < data.steps; ++step)
-                _mm512_storeu_si512(
-                    staged_ + step * kStagedLanes + filled,
-                    _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_loadu_si512(from + step * kLanes)));
-        }
-    }
 
     /// What is read after the products: the codes of the next rows and, where many needed them last time, the rows themselves.
     void prefetch(const QuantisedRows& data, const QuantisedCentres& centres, const float* x, const int64_t* rows,
@@ -127,18 +101,23 @@ class CertifiedAssigner<float> {
     }
 
     /// The highest scores of each staged row, to best_.
-    void keep_highest(const QuantisedCentres& centres, int64_t count) {
+    void keep_highest(const QuantisedCentres& centres) {
         constexpr int64_t kGroups = kChunk / QuantisedCentres::kGroup;
+        if (within_->count == 0)
+            for (auto& of_lanes : best_) std::fill_n(of_lanes, kBlockRows, kNone);
         for (int64_t g = 0, last; g < within_->count; g = last) {
             const int64_t chunk = within_->groups[g] / kGroups;
             for (last = g + 1; last < within_->count && within_->groups[last] / kGroups == chunk;) ++last;
-            if (count <= kLanes)
+            if (staged_.lanes == kLanes)
                 keep_highest<1>(centres, g, last);
-            else if (count <= 2 * kLanes)
+            else if (staged_.lanes == 2 * kLanes)
                 keep_highest<2>(centres, g, last);
             else
                 keep_highest<3>(centres, g, last);
-            merge(chunk * kChunk, count);
+            if (g == 0)
+                begin(chunk * kChunk);
+            else
+                merge(chunk * kChunk);
         }
     }
 
@@ -152,7 +131,7 @@ class CertifiedAssigner<float> {
             const int64_t column = within_->groups[g] * kGroup;
             const int64_t size = centres.k - column < kGroup ? centres.k - column : kGroup;
             int32_t* products = products_ + column * kBlockRows;
-            multiply_group<Panels>(centres.group_of(column), size, centres.steps, products);
+            staged_.multiply<Panels>(centres.group_of(column), size, centres.steps, products);
             float* tops = within_->margins == nullptr ? nullptr : tops_ + within_->groups[g] * kBlockRows;
             const auto index = static_cast<int32_t>(column % kChunk);
             for (int lane = 0; lane < Panels * kLanes; lane += kLanes)
@@ -163,33 +142,15 @@ class CertifiedAssigner<float> {
         }
     }
 
-    template <int Panels>
-    void multiply_group(const uint8_t* group, int64_t size, int64_t steps, int32_t* out) {
-        constexpr int kGroup = QuantisedCentres::kGroup;
-        if (size == kGroup || quantised::kTiles)
-            return quantised::multiply_tile<kGroup, kGroup, Panels>(group, codes_.panels, codes_.step_bytes, codes_.panel_bytes,
-                                                                    steps, starts_, out, kBlockRows);
-        if constexpr (!quantised::kTiles)
-            for (int64_t row = 0; row < size; row += 2)  // an odd last one takes along what lies beside it
-                quantised::multiply_tile<2, kGroup, Panels>(group + row * 4, codes_.panels, codes_.step_bytes,
-                                                            codes_.panel_bytes, steps, starts_, out + row * kBlockRows,
-                                                            kBlockRows);
-    }
-
-    /// The scores of 16 rows with one centroid.
-    static __m512 scores(const int32_t* products, float half, __m512 inverse) {
-        return _mm512_fnmadd_ps(_mm512_set1_ps(half), inverse, _mm512_cvtepi32_ps(_mm512_loadu_si512(products)));
-    }
-
     /// The highest scores of 16 rows with a group of centroids join highest_; the highest of the group goes to `tops`.
     template <bool kTops>
     void keep_group(const int32_t* products, const float* halves, int32_t index, int64_t size, int64_t lane, float* tops) {
-        const __m512 inverse = _mm512_loadu_ps(inverses_ + lane);
+        const __m512 inverse = _mm512_loadu_ps(staged_.inverses + lane);
         const __m512i index_bits = _mm512_set1_epi32(kChunk - 1);
         __m512 kept[kKept], top = _mm512_set1_ps(kNone);
         for (int t = 0; t < kKept; ++t) kept[t] = _mm512_loadu_ps(highest_[t] + lane);
         for (int64_t i = 0; i < size; ++i) {
-            const __m512 score = scores(products + i * kBlockRows, halves[i], inverse);
+            const __m512 score = StagedRows::scores(products + i * kBlockRows, halves[i], inverse);
             const __m512i own = _mm512_set1_epi32(index + static_cast<int32_t>(i));
             constexpr int kSelect = 0xCA;  // of three bits a, b, c: a ? b : c
             __m512 tagged =
@@ -206,14 +167,23 @@ class CertifiedAssigner<float> {
         if constexpr (kTops) _mm512_storeu_ps(tops, top);
     }
 
-    /// highest_, of the chunk of centroids from `first` on, joins best_.
-    void merge(int64_t first, int64_t count) {
+    /// highest_, of the chunk of centroids from `first` on, becomes best_.
+    void begin(int64_t first) {
+        const int64_t lanes = staged_.lanes;
+        for (int t = 0; t < kKept; ++t)
+            for (int64_t i = 0; i < lanes; ++i) {
+                best_[t][i] = highest_[t][i];
+                index_[t][i] = static_cast<int32_t>(first) + index_of(highest_[t][i]);
+            }
+    }
+
+    /// The same joins best_.
+    void merge(int64_t first) {
+        const int64_t lanes = staged_.lanes;
         for (const auto& of_lanes : highest_)
-            for (int64_t i = 0; i < count; ++i) {
+            for (int64_t i = 0; i < lanes; ++i) {
                 float score = of_lanes[i];
-                int32_t bits;
-                __builtin_memcpy(&bits, &score, 4);
-                auto index = static_cast<int32_t>(first) + (bits & static_cast<int32_t>(kChunk - 1));
+                auto index = static_cast<int32_t>(first) + index_of(score);
                 for (int t = 0; t < kKept; ++t) {
                     const bool higher = score > best_[t][i];
                     const float lower = higher ? best_[t][i] : score;
@@ -225,41 +195,31 @@ class CertifiedAssigner<float> {
             }
     }
 
-    /// How far each row's scores may be off.
-    void bound(const QuantisedRows& data, const QuantisedCentres& centres, const int64_t* rows, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            const quantised::Quantised& how = data.how[rows[i]];
-            // Rounding: the tag replaces a score's last bits; the score itself took three roundings, a float score d more.
-            const float rounding = 1.0f / (1 << (23 - kIndexBits)) + 1.2e-7f * static_cast<float>(2 * centres.d + 64);
-            const float length = how.norm + how.residual;
-            const float error =
-                how.residual * centres.norm + how.norm * centres.residual + rounding * centres.norm * (length + centres.norm);
-            units_[i] = how.scale * centres.scale;
-            bounds_[i] = 1.00001f * error / units_[i];
-            squares_[i] = length * length;
-        }
-        for (int64_t i = 0; i < kBlockRows; ++i) least_[i] = __builtin_inff();
+    static int32_t index_of(float tagged) {
+        int32_t bits;
+        __builtin_memcpy(&bits, &tagged, 4);
+        return bits & static_cast<int32_t>(kChunk - 1);
     }
 
     /// |c|^2 - 2 x.c of what scores at most t, its bound included: at least that.
-    float beyond(int64_t i, float t) const { return -2 * units_[i] * (t + bounds_[i]); }
+    float beyond(int64_t i, float t) const { return -2 * staged_.units[i] * (t + staged_.bounds[i]); }
 
     /// What the groups' highest scores say of them, to the margins that were asked for.
     void keep_margins(int64_t count) {
         Within& within = *within_;
         __m512 slopes[3], starts[3];  // of |c|^2 - 2 x.c less that of the nearest, at least, by the 8-bit score
         for (int panel = 0; panel < 3; ++panel) {
-            const __m512 unit = _mm512_mul_ps(_mm512_set1_ps(-2), _mm512_loadu_ps(units_ + panel * kLanes));
+            const __m512 unit = _mm512_mul_ps(_mm512_set1_ps(-2), _mm512_loadu_ps(staged_.units + panel * kLanes));
             slopes[panel] = unit;
-            starts[panel] =
-                _mm512_fmsub_ps(unit, _mm512_loadu_ps(bounds_ + panel * kLanes), _mm512_loadu_ps(ranked_[0] + panel * kLanes));
+            starts[panel] = _mm512_fmsub_ps(unit, _mm512_loadu_ps(staged_.bounds + panel * kLanes),
+                                            _mm512_loadu_ps(ranked_[0] + panel * kLanes));
         }
         bool bounded = true;
         for (int64_t i = 0; i < count; ++i) {
-            const float distance = ranked_[0][i] + squares_[i];
-            bounded &= distance < __builtin_inff() && bounds_[i] < __builtin_inff();
+            const float distance = ranked_[0][i] + staged_.squares[i];
+            bounded &= distance < __builtin_inff() && staged_.bounds[i] < __builtin_inff();
             within.distance = distance > within.distance ? distance : within.distance;
-            within.square = squares_[i] > within.square ? squares_[i] : within.square;
+            within.square = staged_.squares[i] > within.square ? staged_.squares[i] : within.square;
         }
         for (int64_t i = 0; i < within.count; ++i) {
             const int64_t g = within.groups[i];
@@ -278,7 +238,7 @@ class CertifiedAssigner<float> {
     /// From best_; where the bound leaves more than one centroid, from float scores.
     int64_t conclude(const QuantisedCentres& centres, const QuantisedRows& data, const float* x, const int64_t* rows,
                      int64_t count, bool exact, const Nearest<float>& nearest) {
-        for (int64_t i = 0; i < count; ++i) ranked_[0][i] = -2 * units_[i] * (best_[0][i] - bounds_[i]);
+        for (int64_t i = 0; i < count; ++i) ranked_[0][i] = -2 * staged_.units[i] * (best_[0][i] - staged_.bounds[i]);
         for (int t = 0; t <= kRivals; ++t)
             for (int64_t i = 0; i < count; ++i)
                 labels_[t][i] = static_cast<int32_t>(centres.id(index_[t < searched_ ? t : 0][i]));
@@ -286,7 +246,7 @@ class CertifiedAssigner<float> {
             for (int64_t i = 0; i < count; ++i) ranked_[t][i] = t < searched_ ? beyond(i, best_[t][i]) : __builtin_inff();
         for (int64_t i = 0; i < count; ++i) farther_[i] = beyond(i, best_[kKept - 1][i]);
         open_count_ = 0;
-        for (int64_t i = 0; i < count; ++i) leave_open(i, exact && !(best_[1][i] < best_[0][i] - 2 * bounds_[i]));
+        for (int64_t i = 0; i < count; ++i) leave_open(i, exact && !(best_[1][i] < best_[0][i] - 2 * staged_.bounds[i]));
         const int64_t scored = settle(centres, data, x, rows);
         for (int64_t i = 0; i < count; ++i) nearest.labels[i] = labels_[0][i];
         for (int64_t i = 0; i < count; ++i) nearest.scores[i] = ranked_[0][i];
@@ -297,9 +257,10 @@ class CertifiedAssigner<float> {
             for (int t = 1; t <= kRivals; ++t)
                 for (int64_t i = 0; i < count; ++i) nearest.rivals[t - 1][i] = labels_[t][i];
             for (int64_t i = 0; i < count; ++i)
-                nearest.leads[i] = distance_gap(ranked_[0][i], ranked_[1][i], squares_[i], centres.d);
+                nearest.leads[i] = distance_gap(ranked_[0][i], ranked_[1][i], staged_.squares[i], centres.d);
         }
-        for (int64_t i = 0; i < count; ++i) nearest.gaps[i] = distance_gap(ranked_[0][i], farther_[i], squares_[i], centres.d);
+        for (int64_t i = 0; i < count; ++i)
+            nearest.gaps[i] = distance_gap(ranked_[0][i], farther_[i], staged_.squares[i], centres.d);
         return scored;
     }
 
@@ -309,7 +270,7 @@ class CertifiedAssigner<float> {
         for (int64_t o = 0; o < open_count_; ++o, ++scored) {
             const int64_t i = fetch_open(o, centres, data, x, rows);
             ranked_[0][i] = score(centres, i, centres.column(labels_[0][i]));
-            const float least = ranked_[0][i] / (-2 * units_[i]) - bounds_[i];
+            const float least = ranked_[0][i] / (-2 * staged_.units[i]) - staged_.bounds[i];
             if (best_[kKept - 1][i] < least) {
                 for (int t = 1; t < kKept && !(best_[t][i] < least); ++t, ++scored) {
                     ranked_[t][i] = score(centres, i, centres.column(labels_[t][i]));
@@ -331,22 +292,22 @@ class CertifiedAssigner<float> {
         for (int64_t i = 0; i < count; ++i) {
             for (int t = 0; t <= kRivals; ++t) {
                 ranked_[t][i] = t == 0 ? nearest.scores[i] : __builtin_inff();
-                labels_[t][i] = static_cast<int32_t>(nearest.labels[i]);
+                labels_[t][i] = nearest.labels[i];
             }
             challengers_[i] = highest_challenger(centres, i, nearest);
             farther_[i] = beyond(i, challengers_[i]);
-            leave_open(i, !(challengers_[i] < nearest.scores[i] / (-2 * units_[i]) - bounds_[i]));
+            leave_open(i, !(challengers_[i] < nearest.scores[i] / (-2 * staged_.units[i]) - staged_.bounds[i]));
         }
         for (int64_t o = 0; o < open_count_; ++o, ++scored) {
             const int64_t i = fetch_open(o, centres, data, x, rows);
             ranked_[0][i] = score(all, i, all.column(labels_[0][i]));
-            const float least = ranked_[0][i] / (-2 * units_[i]) - bounds_[i];
+            const float least = ranked_[0][i] / (-2 * staged_.units[i]) - staged_.bounds[i];
             if (!(challengers_[i] < least)) look_again(i, least);
         }
         scored += score_possible(centres);
         for (int64_t i = 0; i < count; ++i) {
             for (int t = 1; t <= kRivals; ++t) farther_[i] = ranked_[t][i] < farther_[i] ? ranked_[t][i] : farther_[i];
-            const float gap = distance_gap(ranked_[0][i], farther_[i], squares_[i], centres.d);
+            const float gap = distance_gap(ranked_[0][i], farther_[i], staged_.squares[i], centres.d);
             nearest.gaps[i] = gap < nearest.gaps[i] ? gap : nearest.gaps[i];
             nearest.scores[i] = ranked_[0][i];
             if (labels_[0][i] == nearest.labels[i]) continue;
@@ -368,15 +329,14 @@ class CertifiedAssigner<float> {
         return best_[t][i];
     }
 
-    void rank_rivals(const quantised::Quantised& how, const QuantisedCentres& centres, int64_t i,
-                     const Nearest<float>& nearest) {
-        const auto before = static_cast<int32_t>(*nearest.labels);
+    void rank_rivals(float length, const QuantisedCentres& centres, int64_t i, const Nearest<float>& nearest) {
+        const int32_t before = *nearest.labels;
         for (int t = 0; t <= kRivals; ++t) {
             labels_[t][i] = t == 0 ? before : *nearest.rivals[t - 1];
             ranked_[t][i] =
                 t > 0 && labels_[t][i] == before ? __builtin_inff() : score(centres, i, centres.column(labels_[t][i]));
         }
-        const float score_before = ranked_[0][i], length = how.norm + how.residual, square = length * length;
+        const float score_before = ranked_[0][i], square = length * length;
         for (int t = 1; t <= kRivals; ++t)
             if (comes_first(i, t, 0)) exchange(i, t, 0);
         float rival = ranked_[1][i];
@@ -410,11 +370,11 @@ class CertifiedAssigner<float> {
 
     /// The same of one group, for the `open` of 16 lanes.
     int64_t score_possible(const QuantisedCentres& centres, int64_t group, int64_t lane, __mmask16 open) {
-        const __m512 inverse = _mm512_loadu_ps(inverses_ + lane), least = _mm512_loadu_ps(least_ + lane);
+        const __m512 inverse = _mm512_loadu_ps(staged_.inverses + lane), least = _mm512_loadu_ps(least_ + lane);
         const int64_t first = group * QuantisedCentres::kGroup, end = first + QuantisedCentres::kGroup;
         int64_t scored = 0;
         for (int64_t column = first; column < end && column < centres.k; ++column) {
-            const __m512 score_of = scores(products_ + column * kBlockRows + lane, centres.halves[column], inverse);
+            const __m512 score_of = StagedRows::scores(products_ + column * kBlockRows + lane, centres.halves[column], inverse);
             unsigned possible = _mm512_mask_cmp_ps_mask(open, score_of, least, _CMP_NLT_UQ);
             for (; possible != 0; possible &= possible - 1, ++scored) {
                 const int64_t i = lane + __builtin_ctz(possible);
@@ -468,25 +428,18 @@ class CertifiedAssigner<float> {
         return float_scores_.score(centres, i, column);
     }
 
-    struct {
-        const uint8_t* panels;
-        int64_t step_bytes, panel_bytes;
-    } codes_{};                 // of the block's rows
-    int32_t* staged_;           // (steps, kStagedLanes) them, where they do not stand together
+    StagedRows staged_;
     int32_t* products_;         // (K and the rest of its last group, kBlockRows)
     float* tops_;               // (groups, kBlockRows) the highest score of each group
     int32_t* every_;            // (groups) 0, 1, ...
     Within* within_ = nullptr;  // of the search
     int64_t searched_ = 0;      // centroids in it
     FloatScores float_scores_;
-    int32_t open_[kBlockRows + 1];  // lanes whose bound leaves more than one centroid
-    int64_t open_count_ = 0;        // of the last block
-    int32_t starts_[kBlockRows] = {};
-    float inverses_[kBlockRows] = {};
+    int32_t open_[kBlockRows + 1];      // lanes whose bound leaves more than one centroid
+    int64_t open_count_ = 0;            // of the last block
     float highest_[kKept][kBlockRows];  // of a chunk, tagged with the index in it
     float best_[kKept][kBlockRows];     // of all chunks so far
     int32_t index_[kKept][kBlockRows];
-    float units_[kBlockRows], bounds_[kBlockRows], squares_[kBlockRows];  // of the scores; E; |x|^2
     float ranked_[kRivals + 1][kBlockRows];    // |c|^2 - 2 x.c of the nearest centroid, at most, and of its rivals, at least
     int32_t labels_[kRivals + 1][kBlockRows];  // which they are
     float challengers_[kBlockRows];            // what challenge() found

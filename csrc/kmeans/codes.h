@@ -1,9 +1,10 @@
 // The rows and the centroids of one k-means problem in 8 bits (quantised.h), less the shift.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
-#include "common/quantised.h"
+#include "common/quantised_panel.h"
 #include "kmeans/nearest.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
@@ -22,25 +23,26 @@ inline int64_t padded_depth(int64_t d) {
 
 /// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
 struct QuantisedRows {
+    static constexpr int64_t kLanes = quantised::kWidth;
+
     int64_t n, d, steps;            // of four features
     uint8_t* panels;                // quantised.h, signed
-    int32_t* starts;                // (N) and the rest of the last panel
-    quantised::Quantised* how;      // (N)
-    float* centred;                 // one padded row per piece
-    float* kept;                    // (N, padded D) room for
+    quantised::QuantisedLanes how;  // (N, and the rest of the last panel)
+    float* centred;                 // one panel of padded rows per piece
+    float* kept;                    // (N and the rest of the last panel, padded D) room for
     const float* sorted = nullptr;  // the rows less the shift; null where they stand in their own order, and are not kept
 
     QuantisedRows(int64_t n_, int64_t d_, bool sorts, int pieces, const Context& context)
         : n(n_),
           d(d_),
           steps(quantised::steps(d_)),
-          panels(context.scratch<uint8_t>((n_ + kLanes - 1) / kLanes * panel_bytes())),
-          starts(context.scratch<int32_t>((n_ + kLanes - 1) / kLanes * kLanes)),
-          how(context.scratch<quantised::Quantised>(n_)),
-          centred(context.scratch<float>(pieces * padded_depth(d_))),
-          kept(sorts ? context.scratch<float>(n_ * padded_depth(d_)) : nullptr) {}
+          panels(context.scratch<uint8_t>(panel_count() * panel_bytes())),
+          how{context.scratch<float>(panel_count() * kLanes), context.scratch<float>(panel_count() * kLanes),
+              context.scratch<float>(panel_count() * kLanes), context.scratch<int32_t>(panel_count() * kLanes)},
+          centred(context.scratch<float>(pieces * kLanes * padded_depth(d_))),
+          kept(sorts ? context.scratch<float>(panel_count() * kLanes * padded_depth(d_)) : nullptr) {}
 
-    static constexpr int64_t kLanes = quantised::kWidth;
+    int64_t panel_count() const { return (n + kLanes - 1) / kLanes; }
     int64_t panel_bytes() const { return kLanes * 4 * steps; }
     uint8_t* panel_of(int64_t row) const { return panels + row / kLanes * panel_bytes(); }
 
@@ -49,24 +51,43 @@ struct QuantisedRows {
         return sorted == nullptr ? x + i * d : sorted + i * padded_depth(d);
     }
 
+    /// How row i was quantised.
+    quantised::Quantised quantised_row(int64_t i) const { return {how.scales[i], how.norms[i], how.residuals[i]}; }
+
+    /// At least |x_i|.
+    float length(int64_t i) const { return how.norms[i] + how.residuals[i]; }
+
     /// Takes in the rows of x in the order given, which is kept with them, or their own.
-    void prepare(int pieces, const float* x, const float* shift, const int64_t* order) {
-        sorted = order == nullptr ? nullptr : kept;
-        for_pieces(pieces, span_count(n), [&](int piece, int64_t first, int64_t last) {
-            float* v = centred + piece * padded_depth(d);
-            for (int64_t i = first * kSpanRows; first < last && i < span_end(last - 1, n); ++i) {
-                if (order != nullptr) v = kept + i * padded_depth(d);
-                const float* row = x + (order == nullptr ? i : order[i]) * d;
-                for (int64_t j = 0; j < d; ++j) v[j] = row[j] - shift[j];
-                for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
-                uint8_t* lane = panel_of(i) + i % kLanes * 4;
-                const float scale = quantised::scale_for(quantised::largest_magnitude(v, d));
-                how[i] = quantised::quantise(v, d, scale, 0, lane, kLanes * 4, starts + i);
-                starts[i] *= -128;
-            }
-        });
-    }
+    void prepare(int pieces, const float* x, const float* shift, const int64_t* order);
 };
+
+#if defined(__AVX512VNNI__)
+
+/// Row x (d) less the shift, padded with zeros.
+inline void centre_row(const float* __restrict x, const float* __restrict shift, int64_t d, float* __restrict v) {
+    for (int64_t j = 0; j < d; ++j) v[j] = x[j] - shift[j];
+    for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
+}
+
+inline void QuantisedRows::prepare(int pieces, const float* x, const float* shift, const int64_t* order) {
+    const int64_t width = padded_depth(d);
+    sorted = order == nullptr ? nullptr : kept;
+    for_pieces(pieces, panel_count(), [&](int piece, int64_t first_panel, int64_t last_panel) {
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            const int64_t first = panel * kLanes;
+            float* v = order == nullptr ? centred + piece * kLanes * width : kept + first * width;
+            for (int64_t i = first; i < first + kLanes; ++i)
+                if (i < n)
+                    centre_row(x + (order == nullptr ? i : order[i]) * d, shift, d, v + (i - first) * width);
+                else
+                    std::fill_n(v + (i - first) * width, width, 0.0F);
+            quantised::quantise_panel(v, width, steps, panels + panel * panel_bytes(),
+                                      {how.scales + first, how.norms + first, how.residuals + first, how.starts + first});
+        }
+    });
+}
+
+#endif
 
 /// Centroids ready for 8-bit products, and for float products one by one: all K, or those of `ids`.
 struct QuantisedCentres {

@@ -1,5 +1,7 @@
 #include "kmeans/kmeans_cpu.h"
 
+#include <algorithm>
+
 #include "kmeans/search.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
@@ -18,11 +20,12 @@ void assign(const Assign<T>& a, const Context& context) {
         for_pieces(pieces, span_count(a.n), [&](int piece, int64_t first, int64_t last) {
             int64_t rows[kSpanRows];
             T scores[kSpanRows], leads[kSpanRows], gaps[kSpanRows];
-            int32_t rivals[kRivals][kSpanRows];
+            int32_t nearest[kSpanRows], rivals[kRivals][kSpanRows];
             for (int64_t span = first; span < last; ++span) {
                 const int64_t begin = span * kSpanRows, end = span_end(span, a.n);
                 for (int64_t row = begin; row < end; ++row) rows[row - begin] = row;
-                search.assign(piece, rows, end - begin, {labels + begin, scores, {rivals[0], rivals[1]}, leads, gaps, false});
+                search.assign(piece, rows, end - begin, {nearest, scores, {rivals[0], rivals[1]}, leads, gaps, false});
+                std::copy_n(nearest, end - begin, labels + begin);
                 for (int64_t row = begin; row < end; ++row)
                     a.distances[problem * a.n + row] =
                         static_cast<T>(squared_distance(x + row * a.d, centroids + labels[row] * a.d, a.d));

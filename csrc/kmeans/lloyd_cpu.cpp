@@ -5,6 +5,7 @@
 #include "kmeans/kmeans_cpu.h"
 #include "kmeans/search.h"
 #include "kmeans/sums_cpu.h"
+#include "kmeans/tasks.h"
 
 namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 namespace {
@@ -46,7 +47,7 @@ class Solver {
           nearest_(context.scratch<int32_t>(a.n)),
           previous_(context.scratch<int32_t>(a.n)),
           changed_(context.scratch<int64_t>(span_count(a.n))),
-          changes_(context.scratch<Change>(a.n / 2)),
+          changes_(context.scratch<Change>(a.n / 2 + 1)),
           candidates_(context.scratch<Candidate>(a.n)),
           search_(a.n, a.k, a.d, a.max_iter + 1, a.exact, pieces, context) {}
 
@@ -111,10 +112,10 @@ class Solver {
         int64_t keep = 0, kept[kChoices] = {};
         std::copy(moves_, moves_ + a_.k, sorted_moves_);
         std::sort(sorted_moves_, sorted_moves_ + a_.k, std::greater<T>());
-        for (int c = 0; c < kChoices; ++c) limits[c] = kMore * sorted_moves_[a_.k / kParts[c]];
+        for (int c = 0; c < kChoices; ++c) limits[c] = kMore<T> * sorted_moves_[a_.k / kParts[c]];
         if (2 * limits[kChoices - 1] > sorted_moves_[0] && !may_arrange) return false;
         for (int64_t i = 0; i < a_.n; ++i) {
-            const T gap = gaps_[i] * kLess - moves_[nearest_[i]];
+            const T gap = gaps_[i] * kLess<T> - moves_[nearest_[i]];
             keep += gap > sorted_moves_[0];
             for (int c = 0; c < kChoices; ++c) kept[c] += gap > limits[c];
         }
@@ -162,104 +163,106 @@ class Solver {
     }
 
     static T unknown() { return static_cast<T>(__builtin_inf()); }
-    static constexpr T kLess = static_cast<T>(1 - 4e-7), kMore = static_cast<T>(1.000001);  // for the rounding of bounds
 
     /// The rows of a span that need a search: of all centroids, of those that moved, of their rivals, of those that moved far.
     struct Tasks {
-        int64_t all[kSpanRows + 1], moved[kSpanRows + 1], rivals[kSpanRows + 1], far[kSpanRows + 1];
-        int64_t all_count = 0, moved_count = 0, rivals_count = 0, far_count = 0;
+        RowList all, moved, rivals, far;
     };
 
     int64_t assign_span(int piece, int64_t span, bool trust_gaps) {
+        const int64_t first = span * kSpanRows, count = span_end(span, a_.n) - first;
+        const T own = search_.keeps_reach() && trust_gaps ? farthest_move(first, count) : 0;
+        std::copy_n(nearest_ + first, count, previous_ + first);
         Tasks tasks;
-        int64_t changed = 0;
-        T own = 0;  // the farthest move of the rows' own centroids
-        for (int64_t i = span * kSpanRows; i < span_end(span, a_.n); ++i) {
-            previous_[i] = nearest_[i];
-            const int64_t fixed = fixed_ == nullptr ? -1 : fixed_[search_.row(i)];
-            if (fixed >= 0) {
-                changed += nearest_[i] != fixed;
-                nearest_[i] = static_cast<int32_t>(fixed);
-            } else if (nearest_[i] < 0 || !trust_gaps) {
-                tasks.all[tasks.all_count++] = i;
-            } else if (near_move_ < unknown()) {
-                give_task<true, true>(i, tasks, own);
-            } else if (with_rivals_) {
-                give_task<true, false>(i, tasks, own);
-            } else {
-                give_task<false, false>(i, tasks, own);
-            }
-        }
-        changed += search_.keeps_reach() ? search_within_reach(piece, span, own, tasks) : search_all(piece, tasks);
-        changed += search_rows(tasks.rivals, tasks.rivals_count, true, [&](const Nearest<T>& nearest) {
-            search_.assign_among_rivals(piece, tasks.rivals, tasks.rivals_count, nearest);
+        find_tasks(first, count, trust_gaps, tasks);
+        if (search_.keeps_reach())
+            search_within_reach(piece, span, own, tasks);
+        else
+            search_all(piece, tasks.all, nullptr);
+        search_rows(tasks.rivals, true, [&](const Nearest<T>& nearest) {
+            search_.assign_among_rivals(piece, tasks.rivals.rows, tasks.rivals.count, nearest);
         });
-        for (int64_t i = 0; with_rivals_ && i < tasks.moved_count; ++i) forget_rivals(tasks.moved[i]);
-        return changed + search_moved(piece, kMoved, tasks.moved, tasks.moved_count) +
-               search_moved(piece, kFar, tasks.far, tasks.far_count);
+        for (int64_t i = 0; with_rivals_ && i < tasks.moved.count; ++i) forget_rivals(tasks.moved.rows[i]);
+        search_moved(piece, kMoved, tasks.moved);
+        search_moved(piece, kFar, tasks.far);
+        int64_t changed = 0;
+        for (int64_t i = first; i < first + count; ++i) changed += nearest_[i] != previous_[i];
+        return changed;
     }
 
-    int64_t search_moved(int piece, Moved which, const int64_t* rows, int64_t count) {
-        return search_rows(rows, count, true,
-                           [&](const Nearest<T>& nearest) { search_.assign_moved(piece, which, rows, count, nearest); });
+    /// Of the centroids of some rows.
+    T farthest_move(int64_t first, int64_t count) const {
+        T farthest = 0;
+        for (int64_t i = first; i < first + count; ++i) farthest = std::max(farthest, moves_[nearest_[i]]);
+        return farthest;
     }
 
-    int64_t search_all(int piece, const Tasks& tasks) {
-        return search_rows(tasks.all, tasks.all_count, false,
-                           [&](const Nearest<T>& nearest) { search_.assign(piece, tasks.all, tasks.all_count, nearest); });
+    void find_tasks(int64_t first, int64_t count, bool trust_gaps, Tasks& tasks) {
+        int32_t needs[kSpanRows];
+        const bool known = trust_gaps && passes_ > 1;
+        if (known)
+            lower_bounds_of(first, count, needs);
+        else
+            std::fill_n(needs, count, kNeedsAll);
+        for (int64_t i = 0; fixed_ != nullptr && i < count; ++i)
+            if (is_fixed(first + i)) needs[i] = 0, keep_fixed(first + i);
+        tasks.all.list(needs, kNeedsAll, first, count);
+        if (!known) return;
+        if (few_moved_) tasks.moved.list(needs, kNeedsMoved, first, count);
+        if (with_rivals_) tasks.rivals.list(needs, kNeedsRivals, first, count);
+        if (near_move_ < unknown()) tasks.far.list(needs, kNeedsFar, first, count);
+    }
+
+    void lower_bounds_of(int64_t first, int64_t count, int32_t* needs) {
+        const Travel<T> travel{moves_, losses_, near_move_, few_moved_};
+        const Nearest<T> rows = kept(first, true);
+        const auto score_after = [&](int64_t i, T score, T move) { return search_.score_after(first + i, score, move); };
+        if (near_move_ < unknown())
+            lower_bounds<true, true>(travel, rows, count, score_after, needs);
+        else if (with_rivals_)
+            lower_bounds<true, false>(travel, rows, count, score_after, needs);
+        else
+            lower_bounds<false, false>(travel, rows, count, score_after, needs);
+    }
+
+    bool is_fixed(int64_t position) const { return fixed_ != nullptr && fixed_[search_.row(position)] >= 0; }
+
+    void keep_fixed(int64_t position) {
+        nearest_[position] = static_cast<int32_t>(fixed_[search_.row(position)]);
+        scores_[position] = unknown();
+        kept(position, true).without_rivals(0);
+    }
+
+    void search_moved(int piece, Moved which, const RowList& list) {
+        search_rows(list, true,
+                    [&](const Nearest<T>& nearest) { search_.assign_moved(piece, which, list.rows, list.count, nearest); });
+    }
+
+    void search_all(int piece, const RowList& list, Within* within) {
+        search_rows(list, false,
+                    [&](const Nearest<T>& nearest) { search_.assign(piece, list.rows, list.count, nearest, within); });
     }
 
     /// The same among the groups of centroids in reach of the span. Where many rows need it, all take part, so that the reach
     /// becomes known anew.
-    int64_t search_within_reach(int piece, int64_t span, T own, Tasks& tasks) {
+    void search_within_reach(int piece, int64_t span, T own, Tasks& tasks) {
+        RowList& list = tasks.all;
         Reach& reach = *search_.reach();
         float others;
         Within within = reach.within(piece, span, static_cast<float>(own), &others);
-        const bool learns = 4 * tasks.all_count > 3 * (span_end(span, a_.n) - span * kSpanRows);
+        const int64_t first = span * kSpanRows, count = span_end(span, a_.n) - first;
+        const bool learns = 4 * list.count > 3 * count;
         if (learns) {
             reach.ask(piece, within);
-            tasks.all_count = tasks.moved_count = tasks.rivals_count = tasks.far_count = 0;
-            for (int64_t i = span * kSpanRows; i < span_end(span, a_.n); ++i) {
-                tasks.all[tasks.all_count] = i;
-                tasks.all_count += fixed_ == nullptr || fixed_[search_.row(i)] < 0;
+            list.count = tasks.moved.count = tasks.rivals.count = tasks.far.count = 0;
+            for (int64_t i = first; i < first + count; ++i) {
+                list.rows[list.count] = i;
+                list.count += !is_fixed(i);
             }
         }
-        const int64_t changed = search_rows(tasks.all, tasks.all_count, false, [&](const Nearest<T>& nearest) {
-            search_.assign(piece, tasks.all, tasks.all_count, nearest, &within);
-            for (int64_t i = 0; i < tasks.all_count; ++i)
-                if (others < nearest.gaps[i]) nearest.gaps[i] = static_cast<T>(others);
-        });
+        search_all(piece, list, &within);
+        for (int64_t i = 0; i < list.count; ++i) gaps_[list.rows[i]] = std::min(gaps_[list.rows[i]], static_cast<T>(others));
         if (learns) reach.learn(span, within);
-        return changed;
-    }
-
-    /// Without branches: which way a row goes is hard to foretell.
-    template <bool kWithRivals, bool kFar>
-    void give_task(int64_t row, Tasks& tasks, T& own) {
-        const int64_t label = nearest_[row];
-        own = moves_[label] > own ? moves_[label] : own;
-        const T gap = gaps_[row] * kLess - losses_[label], far_gap = gaps_[row] * kLess - (moves_[label] + near_move_);
-        const T score = shifts_[label] == 0 ? scores_[row]
-                        : kFar              ? search_.score_after(row, scores_[row], moves_[label])
-                                            : unknown();
-        const int64_t keeps = gap > 0, far = kFar & (far_gap > 0) & !keeps;
-        const int64_t stands = few_moved_ & (score < unknown()) & !keeps & !far;
-        scores_[row] = score;
-        gaps_[row] = keeps ? gap : far ? far_gap : gaps_[row];
-        if constexpr (kWithRivals) {
-            const T first = moves_[rivals_[0][row]], second = moves_[rivals_[1][row]];
-            const T lead = leads_[row] * kLess - (moves_[label] + (first > second ? first : second));
-            const int64_t leads = lead > 0;
-            leads_[row] = keeps | far ? lead : leads_[row];
-            tasks.rivals[tasks.rivals_count] = row;
-            tasks.rivals_count += (keeps & !leads) | (far & (!leads | !(score < unknown())));
-            tasks.far[tasks.far_count] = row;
-            tasks.far_count += far;
-        }
-        tasks.moved[tasks.moved_count] = row;
-        tasks.moved_count += stands;
-        tasks.all[tasks.all_count] = row;
-        tasks.all_count += 1 - (keeps | stands | far);
     }
 
     /// What is known of the rivals as of all others.
@@ -269,27 +272,32 @@ class Solver {
         for (int32_t* of_rows : rivals_) of_rows[row] = nearest_[row];
     }
 
-    /// Labels of rows[0 .. count) by `search`, which is told what is `known`; how many are not what they were.
+    /// What is kept of the rows from a position on.
+    Nearest<T> kept(int64_t first, bool standing) const {
+        return {nearest_ + first, scores_ + first, {rivals_[0] + first, rivals_[1] + first},
+                leads_ + first,   gaps_ + first,   standing};
+    }
+
+    /// Labels of the rows of `list` by `search`, which is told what is `known`: where it is kept if nothing lies between them.
     template <class SearchRows>
-    int64_t search_rows(const int64_t* rows, int64_t count, bool known, const SearchRows& search) {
-        int64_t labels[kSpanRows], changed = 0;
-        int32_t rivals[kRivals][kSpanRows];
+    void search_rows(const RowList& list, bool known, const SearchRows& search) {
+        if (list.count == 0) return;
+        const int64_t* rows = list.rows;
+        const bool with_rivals = kCertifies<T> && with_rivals_;
+        if (rows[list.count - 1] - rows[0] == list.count - 1 && (with_rivals || !known)) return search(kept(rows[0], known));
+        int32_t labels[kSpanRows], rivals[kRivals][kSpanRows];
         T scores[kSpanRows], leads[kSpanRows], gaps[kSpanRows];
-        if (count == 0) return 0;
-        for (int64_t i = 0; known && i < count; ++i)
-            labels[i] = nearest_[rows[i]], scores[i] = scores_[rows[i]], gaps[i] = gaps_[rows[i]], leads[i] = leads_[rows[i]];
-        for (int r = 0; known && r < kRivals; ++r)
-            for (int64_t i = 0; i < count; ++i) rivals[r][i] = rivals_[r][rows[i]];
-        search(Nearest<T>{labels, scores, {rivals[0], rivals[1]}, leads, gaps, known});
-        for (int64_t i = 0; i < count; ++i) {
-            changed += nearest_[rows[i]] != labels[i];
-            nearest_[rows[i]] = static_cast<int32_t>(labels[i]), scores_[rows[i]] = scores[i], gaps_[rows[i]] = gaps[i];
-        }
-        if (!(kCertifies<T> && with_rivals_)) return changed;
-        for (int64_t i = 0; i < count; ++i) leads_[rows[i]] = leads[i];
-        for (int r = 0; r < kRivals; ++r)
-            for (int64_t i = 0; i < count; ++i) rivals_[r][rows[i]] = rivals[r][i];
-        return changed;
+        for (int64_t i = 0; known && i < list.count; ++i)
+            labels[i] = nearest_[rows[i]], scores[i] = scores_[rows[i]], gaps[i] = gaps_[rows[i]];
+        for (int64_t i = 0; known && with_rivals && i < list.count; ++i)
+            leads[i] = leads_[rows[i]], rivals[0][i] = rivals_[0][rows[i]], rivals[1][i] = rivals_[1][rows[i]];
+        const Nearest<T> found{labels, scores, {rivals[0], rivals[1]}, leads, gaps, known};
+        for (int64_t i = 0; known && !with_rivals && i < list.count; ++i) found.without_rivals(i);
+        search(found);
+        for (int64_t i = 0; i < list.count; ++i)
+            nearest_[rows[i]] = labels[i], scores_[rows[i]] = scores[i], gaps_[rows[i]] = gaps[i];
+        for (int64_t i = 0; with_rivals && i < list.count; ++i)
+            leads_[rows[i]] = leads[i], rivals_[0][rows[i]] = rivals[0][i], rivals_[1][rows[i]] = rivals[1][i];
     }
 
     /// How far the centroids moved, squared; with it, what each cluster's rows lose of their gaps.
@@ -306,8 +314,8 @@ class Solver {
                 second = shifts_[k];
         }
         for (int64_t k = 0; k < a_.k; ++k) {
-            moves_[k] = kMore * static_cast<T>(__builtin_sqrt(shifts_[k]));
-            losses_[k] = moves_[k] + kMore * static_cast<T>(__builtin_sqrt(k == mover ? second : farthest));
+            moves_[k] = kMore<T> * static_cast<T>(__builtin_sqrt(shifts_[k]));
+            losses_[k] = moves_[k] + kMore<T> * static_cast<T>(__builtin_sqrt(k == mover ? second : farthest));
         }
         return shift;
     }
@@ -328,10 +336,13 @@ class Solver {
         for (int64_t span = 0; span < span_count(a_.n); ++span) {
             if (changed_[span] == 0) continue;
             const int64_t end = span_end(span, a_.n);
-            for (int64_t i = span * kSpanRows; i < end; ++i)
-                if (previous_[i] != nearest_[i]) changes_[change_count_++] = {search_.row(i), previous_[i], nearest_[i]};
+            for (int64_t i = span * kSpanRows; i < end; ++i) {
+                changes_[change_count_] = {search_.row(i), previous_[i], nearest_[i]};
+                change_count_ += previous_[i] != nearest_[i];
+            }
         }
-        std::sort(changes_, changes_ + change_count_, [](const Change& a, const Change& b) { return a.row < b.row; });
+        if (search_.arranged())
+            std::sort(changes_, changes_ + change_count_, [](const Change& a, const Change& b) { return a.row < b.row; });
     }
 
     /// Moves the centroids of clusters with members.

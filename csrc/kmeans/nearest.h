@@ -115,7 +115,7 @@ constexpr int kRivals = 2;
 /// What is known of some rows, and found out. Gaps and leads are not above zero where rounding may decide.
 template <class T>
 struct Nearest {
-    int64_t* labels;           // the nearest centroid
+    int32_t* labels;           // the nearest centroid
     T* scores;                 // its score |c|^2 - 2 x.c
     int32_t* rivals[kRivals];  // some others that are near; the label itself in place of none
     T* leads;                  // how much farther than the nearest all rivals are, at least; infinite without any
@@ -127,7 +127,7 @@ struct Nearest {
     }
 
     void without_rivals(int64_t i) const {
-        for (int32_t* of_rows : rivals) of_rows[i] = static_cast<int32_t>(labels[i]);
+        for (int32_t* of_rows : rivals) of_rows[i] = labels[i];
         leads[i] = static_cast<T>(__builtin_inf());
     }
 };
@@ -266,7 +266,7 @@ class BlockAssigner {
             return;
         }
         *nearest.scores = score;
-        *nearest.labels = label;
+        *nearest.labels = static_cast<int32_t>(label);
     }
 
     static T lesser(T a, T b) { return b < a ? b : a; }

@@ -49,6 +49,9 @@ class Search {
     /// Whether the passes to come are worth arrange().
     bool wants_arranging() const { return certify_ && reach_ != nullptr && !arranged(); }
 
+    /// Whether it has been done.
+    bool arranged() const { return order_ != nullptr; }
+
     /// Sorts the rows by their labels, which come back in that order, for searches within reach.
     void arrange(const T* centroids, const int32_t* labels, int32_t* sorted) {
         if constexpr (kCertifies<T>) {
@@ -62,8 +65,7 @@ class Search {
     /// |x|^2.
     T score_after(int64_t i, T score, T move) const {
         if constexpr (kCertifies<T>) {
-            if (move == 0) return score;
-            const float length = rows_->how[i].norm + rows_->how[i].residual, square = length * length;
+            const float square = rows_->length(i) * rows_->length(i);
             const float distance = __builtin_sqrtf(score + square > 0 ? score + square : 0);
             return score + 1.00001f * (2 * distance + move) * move + 1e-6f * square;
         }
@@ -169,8 +171,6 @@ class Search {
             assigners_[piece].assign(centres, x_, block, size, nearest.from(first));
         }
     }
-
-    bool arranged() const { return order_ != nullptr; }
 
     /// Quantises the rows in the order given, their own if null.
     void prepare_rows(const int64_t* order) {
