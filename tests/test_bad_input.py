@@ -23,6 +23,9 @@ CASES = [
     # function, call, exception, what its text must hold
     ("kmeans", lambda: f.kmeans(NAN_ROW, 3), ValueError, ["x holds 1 row", "not finite", "17"]),
     ("kmeans", lambda: f.kmeans(INF_ROW, 3), ValueError, ["x holds 1 row", "not finite", "3"]),
+    ("kmeans", lambda: f.kmeans(NAN_ROW, 3, init=X[:3]), ValueError, ["x holds 1 row", "not finite", "17"]),
+    ("kmeans", lambda: f.kmeans(INF_ROW.double(), 3, init=X[:3].double()), ValueError, ["x holds 1 row", "not finite", "3"]),
+    ("kmeans", lambda: f.kmeans(torch.stack([X, -INF_ROW]), 3, init=X[:3].expand(2, -1, -1)), ValueError, ["not finite"]),
     ("kmeans", lambda: f.kmeans(X.long(), 3), TypeError, ["x ", "int64"]),
     ("kmeans", lambda: f.kmeans([[1.0]], 1), TypeError, ["x ", "list"]),
     ("kmeans", lambda: f.kmeans(X[0], 3), ValueError, ["x "]),

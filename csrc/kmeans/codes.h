@@ -21,6 +21,12 @@ inline int64_t padded_depth(int64_t d) {
     return (d + 15) / 16 * 16;
 }
 
+/// Row x (d) less the shift, padded with zeros.
+inline void centre_row(const float* __restrict x, const float* __restrict shift, int64_t d, float* __restrict v) {
+    for (int64_t j = 0; j < d; ++j) v[j] = x[j] - shift[j];
+    for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
+}
+
 /// The rows of one problem, less the shift, quantised once for all its passes, each with its own scale.
 struct QuantisedRows {
     static constexpr int64_t kLanes = quantised::kWidth;
@@ -62,12 +68,6 @@ struct QuantisedRows {
 };
 
 #if defined(__AVX512VNNI__)
-
-/// Row x (d) less the shift, padded with zeros.
-inline void centre_row(const float* __restrict x, const float* __restrict shift, int64_t d, float* __restrict v) {
-    for (int64_t j = 0; j < d; ++j) v[j] = x[j] - shift[j];
-    for (int64_t j = d; j < padded_depth(d); ++j) v[j] = 0;
-}
 
 inline void QuantisedRows::prepare(int pieces, const float* x, const float* shift, const int64_t* order) {
     const int64_t width = padded_depth(d);
@@ -160,10 +160,14 @@ struct QuantisedCentres {
    private:
     void centre(const float* c, int64_t column) {
         float* v = centred + column * padded_depth(d);
-        double square = 0;
-        for (int64_t j = 0; j < padded_depth(d); ++j) v[j] = j < d ? c[j] - shift[j] : 0;
-        for (int64_t j = 0; j < d; ++j) square += static_cast<double>(v[j]) * v[j];
-        squares[column] = static_cast<float>(square);
+        centre_row(c, shift, d, v);
+        EightDoubles square = {};
+        for (int64_t j = 0; j < padded_depth(d); j += 8) {
+            EightDoubles eight;
+            widen(v + j, eight);
+            square += eight * eight;
+        }
+        squares[column] = static_cast<float>(fastclust::lanes::FASTCLUST_CAPABILITY::sum(square));
         tops[column] = quantised::largest_magnitude(v, d);
     }
 };

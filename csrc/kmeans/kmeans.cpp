@@ -31,18 +31,19 @@ Tensor negative(const Tensor& tensor) {
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-/// `squares` (distances, inertia) of a finished op: infinite or NaN where rows of x are too long to be squared.
+/// `squares` (distances, inertia) of a finished op: infinite or NaN where rows of x are not finite or too long to be squared.
 template <class T>
-void require_no_overflow(const char* op, const Tensor& squares) {
-    if (squares.numel() == 0) return;
-    require(std::isfinite(largest<T>(squares)), op, ": x is too large, squared distances overflow float", 8 * sizeof(T));
+void require_no_overflow(const char* op, const Tensor& x, const Tensor& squares) {
+    if (squares.numel() == 0 || std::isfinite(largest<T>(squares))) return;
+    require_finite_rows(op, "x", x);
+    require(false, op, ": x is too large, squared distances overflow float", 8 * sizeof(T));
 }
 
-/// x (B, N, D) of a public function, with rows to cluster.
-Tensor data_argument(const char* op, const Tensor& x_in) {
+/// x (B, N, D) of a public function, with rows to cluster; whether they are finite may be left to the kernel to tell.
+Tensor data_argument(const char* op, const Tensor& x_in, bool left_to_kernel = false) {
     const Tensor x = stored_argument(op, "x", x_in, 3);
     require(x.size(2) > 0, op, ": x has no features, its shape is ", shape_of(x));
-    require_finite_rows(op, "x", x);
+    if (!left_to_kernel) require_finite_rows(op, "x", x);
     return x;
 }
 
@@ -76,7 +77,7 @@ std::optional<Tensor> labels_argument(const std::optional<Tensor>& labels_in, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_lloyd(const Tensor& x_in, const Tensor& init_in,
                                                         std::optional<Tensor> weight_in, std::optional<Tensor> labels_in,
                                                         int64_t max_iter, double tol, bool spherical, bool exact) {
-    const Tensor x = data_argument("kmeans", x_in);
+    const Tensor x = data_argument("kmeans", x_in, x_in.is_cpu());
     const Tensor init = float_argument("kmeans", "init", init_in, 4, x);
     const int64_t batch = x.size(0), n = x.size(1), d = x.size(2), restarts = init.size(1), k = init.size(2);
     require(init.size(0) == batch && init.size(3) == d, "kmeans: init must be (", batch, ", R, K, ", d, "), got ",
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_lloyd(const Tensor& x_in, cons
                        fixed ? read<int64_t>(*fixed) : nullptr, max_iter, tol, spherical, exact, write<T>(centroids),
                        write<int64_t>(labels), write<T>(inertia), write<int64_t>(n_iter)},
                       scope.context());
-        require_no_overflow<T>("kmeans", inertia);
+        require_no_overflow<T>("kmeans", x, inertia);
     });
     return {centroids, labels, inertia, n_iter};
 }
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& x_in, const Tensor& centr
         if (batch == 0 || n == 0) return;
         kernels.assign({batch, n, k, d, read<S>(x), read<T>(centroids), exact, write<int64_t>(labels), write<T>(distances)},
                        scope.context());
-        require_no_overflow<T>("kmeans_assign", distances);
+        require_no_overflow<T>("kmeans_assign", x, distances);
     });
     return {labels, distances};
 }

@@ -41,7 +41,8 @@ template <class S>
 struct Lloyd {
     using T = Computed<S>;
     int64_t batch, restarts, n, k, d;
-    const S* x;                   // (B, N, D) finite; of unit norm when spherical
+    const S* x;                   // (B, N, D) finite (CPU kernels give problems where it is not an inertia of NaN, no more); of
+                                  // unit norm when spherical
     const T* init;                // (B, R, K, D) finite; of unit norm when spherical
     const T* sample_weight;       // (B, N) finite and >= 0, or null for ones
     const int64_t* fixed_labels;  // (B, N) in [-1, K), -1 for free rows, or null where all are free

@@ -55,7 +55,10 @@ class Solver {
         x_ = a_.x + problem * a_.n * a_.d;
         fixed_ = a_.fixed_labels == nullptr ? nullptr : a_.fixed_labels + problem * a_.n;
         sums_.set_rows(x_, a_.sample_weight == nullptr ? nullptr : a_.sample_weight + problem * a_.n);
-        search_.set_rows(x_);
+        if (!search_.set_rows(x_)) {
+            std::fill_n(a_.inertia + problem * a_.restarts, a_.restarts, static_cast<T>(__builtin_nan("")));
+            return;
+        }
         limit_ = a_.tol > 0 ? a_.tol * mean_variance() : 0;
         for (int64_t restart = 0; restart < a_.restarts; ++restart) {
             const int64_t run = problem * a_.restarts + restart;

@@ -4,10 +4,12 @@
 // rounding error grows with |x - shift|, not with the distance of the data from the origin.
 #pragma once
 
+#include <cmath>
 #include <new>
 #include <type_traits>
 
 #include "common/context.h"
+#include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/products.h"
 
@@ -74,26 +76,47 @@ inline void for_feature_slices(int pieces, int64_t depth, const Body& body) {
 template <class T>
 inline void mean_of_rows(int pieces, const T* x, int64_t n, int64_t d, double* sums, T* mean) {
     for_feature_slices<T>(pieces, d, [&](int64_t begin, int64_t end) {
+        constexpr int64_t kAtOnce = 8;  // rows: a sum then stays in its register for as many additions
         for (int64_t j = begin; j < end; ++j) sums[j] = 0;
-        for (int64_t row = 0; row < n; ++row)
+        int64_t row = 0;
+        for (; row + kAtOnce <= n; row += kAtOnce)
+            for (int64_t j = begin; j < end; ++j) {
+                double sum = sums[j];
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < kAtOnce; ++r) sum += static_cast<double>(x[(row + r) * d + j]);
+                sums[j] = sum;
+            }
+        for (; row < n; ++row)
             for (int64_t j = begin; j < end; ++j) sums[j] += static_cast<double>(x[row * d + j]);
         for (int64_t j = begin; j < end; ++j) mean[j] = static_cast<T>(sums[j] / static_cast<double>(n));
     });
 }
 
+typedef double EightDoubles __attribute__((vector_size(8 * sizeof(double))));
+
+/// Eight values from v on. By reference: handed over, such vectors would warn where the CPU has none so wide.
+template <class T>
+inline void widen(const T* v, EightDoubles& wide) {
+    typedef T Values __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
+    wide = __builtin_convertvector(*reinterpret_cast<const Values*>(v), EightDoubles);
+}
+
+/// |x - c|^2 in double.
 template <class T>
 inline double squared_distance(const T* x, const T* c, int64_t d) {
-    constexpr int kLanes = 16;
-    double lanes[kLanes] = {};
+    EightDoubles sums[2] = {};
     int64_t j = 0;
-    for (; j + kLanes <= d; j += kLanes)
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const double difference = static_cast<double>(x[j + lane]) - static_cast<double>(c[j + lane]);
-            lanes[lane] += difference * difference;
+    for (; j + 16 <= d; j += 16)
+        for (int half = 0; half < 2; ++half) {
+            EightDoubles difference, other;
+            widen(x + j + 8 * half, difference);
+            widen(c + j + 8 * half, other);
+            difference -= other;
+            sums[half] += difference * difference;
         }
-    for (; j < d; ++j) lanes[0] += (static_cast<double>(x[j]) - c[j]) * (static_cast<double>(x[j]) - c[j]);
-    double sum = 0;
-    for (const double lane : lanes) sum += lane;
+    sums[0] += sums[1];
+    double sum = fastclust::lanes::FASTCLUST_CAPABILITY::sum(sums[0]);
+    for (; j < d; ++j) sum += (static_cast<double>(x[j]) - c[j]) * (static_cast<double>(x[j]) - c[j]);
     return sum;
 }
 
@@ -105,8 +128,8 @@ inline T distance_gap(T best, T second, T square, int64_t d) {
     const T farther = second + square > 0 ? second + square : 0;
     const T nearer = best + square > 0 ? best + square : 0;
     const T error = kEpsilon * static_cast<T>(d + 16) * (3 * square + 2 * farther);  // |c|^2 <= 2 (|x|^2 + |x - c|^2)
-    return static_cast<T>((1 - 4 * kEpsilon) * __builtin_sqrt(farther > error ? farther - error : 0) -
-                          (1 + 4 * kEpsilon) * __builtin_sqrt(nearer + error));
+    return static_cast<T>((1 - 4 * kEpsilon) * std::sqrt(farther > error ? farther - error : T(0)) -
+                          (1 + 4 * kEpsilon) * std::sqrt(nearer + error));
 }
 
 /// Centroids that a row remembers beside its nearest, where it does (Search::keeps_rivals).

@@ -1,6 +1,9 @@
 // The nearest centroids of one problem's rows, pass after pass, by whichever products cost least.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "kmeans/certified.h"
 #include "kmeans/nearest.h"
 
@@ -33,11 +36,14 @@ class Search {
         }
     }
 
-    void set_rows(const T* x) {
+    /// Takes x, if it is finite: whether it is.
+    bool set_rows(const T* x) {
         x_ = x;
         mean_of_rows(pieces_, x, n_, centres_.d, sums_, mean_);
+        if (!std::all_of(mean_, mean_ + centres_.d, [](T value) { return std::isfinite(value); })) return false;
         prepare_rows(nullptr);
         restart();
+        return true;
     }
 
     /// Forgets what earlier centroids were like.

@@ -34,11 +34,7 @@ class StagedRows {
             return;
         }
         panels_ = reinterpret_cast<const uint8_t*>(words_), step_bytes_ = kWordLanes * 4, panel_bytes_ = kLanes * 4;
-        const quantised::QuantisedLanes& how = data.how;
-        for (int64_t i = 0; i < count; ++i) {
-            starts_[i] = how.starts[rows[i]], scales_[i] = how.scales[rows[i]];
-            norms_[i] = how.norms[rows[i]], residuals_[i] = how.residuals[rows[i]];
-        }
+        gather(data.how, rows, count);
         for (int64_t i = 0, filled = 0; i < count; filled = i) {
             const auto* from = reinterpret_cast<const int32_t*>(data.panel_of(rows[i]));
             const int64_t end = rows[i] / kLanes * kLanes + kLanes;
@@ -86,6 +82,20 @@ class StagedRows {
     }
 
    private:
+    /// What is known of rows[0 .. count).
+    void gather(const quantised::QuantisedLanes& how, const int64_t* rows, int64_t count) {
+        for (int64_t i = 0; i < count; i += 8) {
+            const auto lanes_left = static_cast<__mmask8>(count - i < 8 ? (1U << (count - i)) - 1 : 0xFF);
+            const __m512i ids = _mm512_maskz_loadu_epi64(lanes_left, rows + i);
+            const auto floats = [&](const float* of_rows, float* to) {
+                _mm256_storeu_ps(to + i, _mm512_mask_i64gather_ps(_mm256_setzero_ps(), lanes_left, ids, of_rows, 4));
+            };
+            floats(how.scales, scales_), floats(how.norms, norms_), floats(how.residuals, residuals_);
+            const __m256i starts = _mm512_mask_i64gather_epi32(_mm256_setzero_si256(), lanes_left, ids, how.starts, 4);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(starts_ + i), starts);
+        }
+    }
+
     static constexpr int64_t kWordLanes = kBlockRows + kLanes;  // the last compressed store reaches beyond the block
 
     int32_t* words_;  // (steps, kWordLanes) the codes of rows that do not stand together
