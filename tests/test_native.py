@@ -49,7 +49,7 @@ def digests(driver: Path) -> set[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen(command, **pipes) for command in commands]
     try:
-        ended = [(process, *process.communicate(timeout=240)) for process in running]
+        ended = [(process, *process.communicate(timeout=600)) for process in running]
     finally:
         for process in running:
             process.kill()
