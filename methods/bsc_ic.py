@@ -36,7 +36,7 @@ from methods.common.pretraining import Settings
 from methods.common.progress import Progress, in_short
 from methods.common.report import Section, curves, page
 from methods.common.run import Run
-from methods.common.training import infer, pick_device, shuffled
+from methods.common.training import infer, pick_device, settle_statistics, shuffled
 from methods.common.views import Views
 
 # What a person wants to see of an epoch while it runs: metric -> its short name, and how it is written.
@@ -149,6 +149,8 @@ class Learner:
         """All images once. Returns what is logged of it."""
         started = time.perf_counter()
         metrics: dict[str, Any] = {"epoch": number} | self.training_pass(progress, f"epoch {number}")
+        if self.config.settle:
+            settle_statistics(self.online, self.images, self.config.batch)
         probabilities = self.probabilities()
         metrics |= health(probabilities) | scores(self.data.y_train.cpu(), probabilities.argmax(dim=1).cpu())
         return metrics | {"seconds": time.perf_counter() - started}

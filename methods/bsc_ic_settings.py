@@ -65,6 +65,9 @@ class Config(RunConfig):
     """Epochs of each of them before that choice, counted within `epochs`."""
     autoencoder_epochs: int = 0
     """Epochs of ClusterNet's autoencoder, k-means of whose features is told beside k-means of pixels; 0: neither."""
+    settle: bool = False
+    """After each epoch take batch normalisation's statistics anew, from images as they are: training leaves those of
+    the views. The steps do not depend on it."""
     report: bool = True
     """Write report.html, whose pictures take some seconds."""
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import fastclust
 from methods.common import bases, networks
-from methods.common.augment import Augment, cut_out, to_float
+from methods.common.augment import Augment, cut_out
 from methods.common.bases import Base
 from methods.common.clustering import cluster_names, merged
 from methods.common.config import launch
@@ -37,7 +37,7 @@ from methods.common.randaugment import RUC_OPERATIONS, rand_augment
 from methods.common.report import embedded
 from methods.common.run import Run
 from methods.common.sources import load
-from methods.common.training import cosine, cycled, infer, pick_device
+from methods.common.training import cosine, cycled, infer, pick_device, settle_statistics
 from methods.common.views import Views
 from methods.ruc_report import judged, quality, write_results
 from methods.ruc_settings import PRESETS, Config, as_released, check
@@ -434,26 +434,6 @@ def evenly(indices: Tensor, n_batches: int, batch: int, labels: Tensor) -> tuple
     of_each = labels[indices]
     weights = 1 / torch.bincount(of_each)[of_each]
     return indices[torch.multinomial(weights, n_batches * batch, replacement=True)].split(batch)
-
-
-@torch.no_grad()
-def settle_statistics(network: nn.Module, images: Tensor, batch: int) -> None:
-    """Take batch normalisation's statistics anew, from uint8 images (N, C, H, W) as they are, about `batch` at once.
-
-    Those left by a short pass are of mixed images, which vary less, and of weights of some steps ago: in evaluation
-    mode the network is then surer than in training, of few clusters, and its counter network learns them.
-    """
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # all batches count alike
-    network.train()
-    parts = max(len(images) // batch, 1)
-    for part in range(parts):
-        network(to_float(images[part::parts]))  # a stride: images may lie sorted by class
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
 
 
 def ramp(share: float, floor: float) -> float:

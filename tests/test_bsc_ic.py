@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -25,9 +26,10 @@ from methods.bsc_ic import (
     train,
 )
 from methods.bsc_ic_settings import PAPER
-from methods.common import sources
+from methods.common import networks, sources
 from methods.common.errors import UserError
 from methods.common.run import load_checkpoint
+from methods.common.training import settle_statistics
 from methods.common.views import Views, colour_jitter, turn_hue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -277,6 +279,23 @@ def test_the_start_of_least_score_goes_on(small: Config, monkeypatch: pytest.Mon
     assert run.history[0]["seconds"] == 21.0
     state = load_checkpoint(run.path)["state"]
     assert torch.equal(next(iter(v for k, v in state["network"].items() if k == "body.0.weight")), seen[best][1])
+
+
+def test_settled_statistics_change_the_answers_and_not_the_steps(small: Config) -> None:
+    """The network answers by the statistics of the images as they are, after each epoch; its weights are the same."""
+    settled = dataclasses.replace(small, epochs=2, starts=1, settle=True)
+    unsettled = dataclasses.replace(settled, settle=False)
+    left, kept = (load_checkpoint(train(config).path)["state"] for config in (unsettled, settled))
+    weights = [name for name in left["network"] if "running" not in name and "num_batches" not in name]
+    assert all(torch.equal(left["network"][name], kept["network"][name]) for name in weights)
+    data, _ = load_merged(settled)
+    network = networks.build(**kept["architecture"])
+    network.load_state_dict(kept["network"])
+    before = copy.deepcopy(network.state_dict())
+    settle_statistics(network, data.x_train, settled.batch)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    name = next(name for name in before if name.endswith("running_mean"))
+    assert not torch.equal(left["network"][name], before[name])
 
 
 def test_the_score_does_not_know_the_constant_of_the_critic(small: Config) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from methods.common import parallel
 from methods.common.augment import to_float
@@ -56,6 +56,26 @@ def infer(function: Callable[[Tensor], Tensor], images: Tensor, batch: int = 100
     """`function` of all uint8 images under the evaluation transform, a batch at a time."""
     mine = images[parallel.share(len(images))]
     return parallel.gather(torch.cat([function(to_float(part)) for part in mine.split(batch)]), len(images))
+
+
+@torch.no_grad()
+def settle_statistics(network: nn.Module, images: Tensor, batch: int) -> None:
+    """Take batch normalisation's statistics anew, from uint8 images (N, C, H, W) as they are, about `batch` at once.
+
+    Those that training leaves are of the images that it saw, mixed or strongly changed, and of weights of some steps
+    ago: images as they are have others, and a network in evaluation mode then gathers them in few clusters.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # all batches count alike
+    network.train()
+    parts = max(len(images) // batch, 1)
+    for part in range(parts):
+        network(to_float(images[part::parts]))  # a stride: images may lie sorted by class
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def mean_loss(total: Tensor, n_steps: int) -> float:
