@@ -31,34 +31,54 @@ Finding inspect(const Graph<T>& graph, const Context&) {
     return {fault_in_row(graph, row), row};
 }
 
-template <class T, int kWidth>
-void solve_panels(const System<T>& system, const Solve<T>& a, int64_t first, int64_t last, const Context& context) {
-    if (first >= last) return;
-    Panel<T, kWidth> panel(system, context);
-    for (; first < last; first += kWidth)
-        panel.solve(a, first, static_cast<int>(last - first < kWidth ? last - first : kWidth));
-}
+/// The panels of one solve, one after the other in the same memory: the first is the widest.
+template <class T>
+class Panels {
+   public:
+    Panels(const Solve<T>& a, const Context& context)
+        : a_(a), context_(context), system_(build_system(a.graph, a.alpha, context)) {}
+
+    /// Solves the columns up to `last` that are not yet solved.
+    template <int kWidth>
+    void solve(int64_t last) {
+        using Panel = Panel<T, kWidth>;
+        if (!rows_) {
+            rows_ = context_.scratch<std::byte>(system_.n * Panel::kRowBytes);
+            partial_ = context_.scratch<std::byte>(system_.blocks * Panel::kBlockBytes);
+        }
+        Panel panel(system_, rows_, partial_);
+        for (; first_ < last; first_ += kWidth)
+            panel.solve(a_, first_, static_cast<int>(last - first_ < kWidth ? last - first_ : kWidth));
+    }
+
+   private:
+    const Solve<T>& a_;
+    const Context& context_;
+    const System<T> system_;
+    std::byte *rows_ = nullptr, *partial_ = nullptr;
+    int64_t first_ = 0;
+};
 
 /// Panels of the widest kind, then one as narrow as the columns left over allow.
 template <class T>
 void solve(const Solve<T>& a, const Context& context) {
     constexpr int64_t kWidest = (kVectorBytes > 16 ? 256 : 128) / sizeof(T), kQuarter = kWidest / 4;
     if (a.c == 0) return;
-    const System<T> system = build_system(a.graph, a.alpha, context);
-    const int64_t rest = a.c % kWidest, full = a.c - rest;
-    solve_panels<T, kWidest>(system, a, 0, full, context);
+    Panels<T> panels(a, context);
+    const int64_t rest = a.c % kWidest;
+    if (a.c > rest) panels.template solve<kWidest>(a.c - rest);
     if (rest > 3 * kQuarter)
-        solve_panels<T, kWidest>(system, a, full, a.c, context);
+        panels.template solve<kWidest>(a.c);
     else if (rest > 2 * kQuarter)
-        solve_panels<T, 3 * kQuarter>(system, a, full, a.c, context);
+        panels.template solve<3 * kQuarter>(a.c);
     else if (rest > kQuarter)
-        solve_panels<T, 2 * kQuarter>(system, a, full, a.c, context);
+        panels.template solve<2 * kQuarter>(a.c);
     else if (rest > 4)
-        solve_panels<T, kQuarter>(system, a, full, a.c, context);
+        panels.template solve<kQuarter>(a.c);
     else if (rest > 1)
-        solve_panels<T, 4>(system, a, full, a.c, context);
-    else
-        solve_panels<T, 1>(system, a, full, a.c, context);
+        panels.template solve<4>(a.c);
+    else if (rest > 0)
+        panels.template solve<1>(a.c);
 }
 
 template <class T>

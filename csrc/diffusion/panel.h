@@ -1,7 +1,9 @@
 // Conjugate gradients on a panel of at most 256 bytes of columns: wide enough that the graph is read seldom, narrow enough that
 // the rows near each other fit the cache. A panel's vectors are (N, kWidth), its rows by place; four of them are all that a
-// solve needs, however many columns there are. Included by diffusion_cpu.cpp alone.
+// solve needs, however many columns there are: its panels share them. Included by diffusion_cpu.cpp alone.
 #pragma once
+
+#include <cstddef>
 
 #include "diffusion/system.h"
 
@@ -23,7 +25,6 @@ class Panel {
     static constexpr int kVectors = kWidth / kLanes;
     static constexpr int kChains = kVectors >= 8 ? 1 : 8 / kVectors;  // sums in flight, to hide the latency of an FMA
     static constexpr int kLine = 64 / static_cast<int>(sizeof(T));    // a cache line
-    static constexpr int64_t kAhead = 4;
     typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
 
     struct Row {
@@ -32,17 +33,25 @@ class Panel {
     struct Sums {
         double v[kWidth];
     };
+    struct Products {
+        Sums pq, qq;
+    };
 
    public:
-    Panel(const System<T>& system, const Context& context)
-        : system_(system),
-          x_(context.scratch<Row>(system.n)),
-          r_(context.scratch<Row>(system.n)),
-          p_(context.scratch<Row>(system.n)),
-          q_(context.scratch<Row>(system.n)),
-          partial_(context.scratch<Sums>(system.blocks)) {}
+    static constexpr int64_t kRowBytes = 4 * sizeof(Row), kBlockBytes = sizeof(Products);
 
-    /// Solves columns [first, first + width) of `a`.
+    /// `rows` has room for kRowBytes of each place, `partial` for kBlockBytes of each block.
+    Panel(const System<T>& system, std::byte* rows, std::byte* partial)
+        : system_(system),
+          x_(reinterpret_cast<Row*>(rows)),
+          r_(x_ + system.n),
+          p_(r_ + system.n),
+          q_(p_ + system.n),
+          partial_(partial) {}
+
+    /// Solves columns [first, first + width) of `a`. The next direction needs the next |r|^2 before r is known. With q = A p
+    /// and the step a = r.r / p.q it is |r - a q|^2 = a^2 q.q - r.r, for r.q = p.q: foreseen so, all four vectors are passed
+    /// over once instead of twice. Only the direction takes the foreseen one; steps and the stopping test, r's own.
     void solve(const Solve<T>& a, int64_t first, int width) {
         Sums norm2 = load(a, first, width), rr = norm2;
         int64_t n_iter[kWidth] = {};
@@ -50,18 +59,16 @@ class Panel {
             bool going[kWidth], any = false;
             for (int c = 0; c < width; ++c) any |= going[c] = rr.v[c] > a.tol * a.tol * norm2.v[c];
             if (!any) break;
-            const Sums pq = multiply();
+            const Products of = multiply();
             Row step{}, next{};
-            Sums before = rr;
             for (int c = 0; c < width; ++c) {
-                if (!going[c] || !(pq.v[c] > 0)) continue;
-                step.v[c / kLanes][c % kLanes] = static_cast<T>(rr.v[c] / pq.v[c]);
+                if (!going[c] || !(of.pq.v[c] > 0)) continue;
+                const double length = rr.v[c] / of.pq.v[c], foreseen = length * length * of.qq.v[c] - rr.v[c];
+                step.v[c / kLanes][c % kLanes] = static_cast<T>(length);
+                if (foreseen > 0) next.v[c / kLanes][c % kLanes] = static_cast<T>(foreseen / rr.v[c]);
                 ++n_iter[c];
             }
-            rr = descend(step);
-            for (int c = 0; c < width; ++c)
-                if (before.v[c] > 0) next.v[c / kLanes][c % kLanes] = static_cast<T>(rr.v[c] / before.v[c]);
-            advance(step, next);
+            rr = advance(step, next);
         }
         const Sums error2 = store(a, first, width);
         for (int c = 0; c < width; ++c) {
@@ -71,19 +78,24 @@ class Panel {
     }
 
    private:
-    /// Calls body(begin, end) -> Row of sums for the places of each block and adds those up in the blocks' order.
-    template <class Body>
-    Sums sum_over_blocks(const Body& body) {
+    /// Calls body(begin, end, rows) for the places of each block: it adds to the Rows that Total is made of, a Row for each
+    /// Sums. Adds those up in the blocks' order.
+    template <class Total, class Body>
+    Total sum_over_blocks(const Body& body) {
+        constexpr int kSums = sizeof(Total) / sizeof(double), kRows = kSums / kWidth;
+        auto* partial = reinterpret_cast<double (*)[kSums]>(partial_);
         parallel_for(0, system_.blocks, 4, [&](int64_t begin, int64_t end) {
             for (int64_t b = begin; b < end; ++b) {
-                const Row row = body(system_.block[b], system_.block[b + 1]);
-                for (int c = 0; c < kWidth; ++c) partial_[b].v[c] = static_cast<double>(row.v[c / kLanes][c % kLanes]);
+                Row rows[kRows] = {};
+                body(system_.block[b], system_.block[b + 1], rows);
+                for (int s = 0; s < kSums; ++s)
+                    partial[b][s] = static_cast<double>(rows[s / kWidth].v[s % kWidth / kLanes][s % kLanes]);
             }
         });
-        Sums total{};
+        double total[kSums] = {};
         for (int64_t b = 0; b < system_.blocks; ++b)
-            for (int c = 0; c < kWidth; ++c) total.v[c] += partial_[b].v[c];
-        return total;
+            for (int s = 0; s < kSums; ++s) total[s] += partial[b][s];
+        return __builtin_bit_cast(Total, total);
     }
 
     /// sum_j alpha s_ij in_j at place i.
@@ -105,55 +117,42 @@ class Panel {
 
     /// x = 0, r = p = y; returns |y|^2.
     Sums load(const Solve<T>& a, int64_t first, int width) {
-        return sum_over_blocks([&](int64_t begin, int64_t end) {
-            Row sum{};
+        return sum_over_blocks<Sums>([&](int64_t begin, int64_t end, Row* yy) {
             for (int64_t i = begin; i < end; ++i) {
-                const Row y = row_of(a.y, a, i, first, width);
+                const Row y = row_of_y(a, i, end, first, width);
                 x_[i] = Row{};
                 r_[i] = p_[i] = y;
-                for (int v = 0; v < kVectors; ++v) sum.v[v] += y.v[v] * y.v[v];
+                for (int v = 0; v < kVectors; ++v) yy->v[v] += y.v[v] * y.v[v];
             }
-            return sum;
         });
     }
 
-    /// q = (I - alpha S) p; returns p.q.
-    Sums multiply() {
-        return sum_over_blocks([&](int64_t begin, int64_t end) {
-            Row sum{};
+    /// q = (I - alpha S) p; returns p.q and |q|^2.
+    Products multiply() {
+        return sum_over_blocks<Products>([&](int64_t begin, int64_t end, Row* rows) {
+            Row &pq = rows[0], &qq = rows[1];
             for (int64_t i = begin; i < end; ++i) {
                 const Row sp = neighbours(p_, i);
                 for (int v = 0; v < kVectors; ++v) {
-                    q_[i].v[v] = p_[i].v[v] - sp.v[v];
-                    sum.v[v] += p_[i].v[v] * q_[i].v[v];
+                    const Vector p = p_[i].v[v], q = p - sp.v[v];
+                    q_[i].v[v] = q;
+                    pq.v[v] += p * q;
+                    qq.v[v] += q * q;
                 }
             }
-            return sum;
         });
     }
 
-    /// r -= step q; returns |r|^2.
-    Sums descend(const Row& step) {
-        return sum_over_blocks([&](int64_t begin, int64_t end) {
-            Row sum{};
+    /// x += step p, r -= step q, p = r + next p; returns |r|^2.
+    Sums advance(const Row& step, const Row& next) {
+        return sum_over_blocks<Sums>([&](int64_t begin, int64_t end, Row* rr) {
             for (int64_t i = begin; i < end; ++i) {
                 for (int v = 0; v < kVectors; ++v) {
-                    const Vector r = r_[i].v[v] - step.v[v] * q_[i].v[v];
+                    const Vector p = p_[i].v[v], r = r_[i].v[v] - step.v[v] * q_[i].v[v];
+                    x_[i].v[v] += step.v[v] * p;
                     r_[i].v[v] = r;
-                    sum.v[v] += r * r;
-                }
-            }
-            return sum;
-        });
-    }
-
-    /// x += step p, p = r + next p.
-    void advance(const Row& step, const Row& next) {
-        parallel_for(0, system_.n, 1024, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                for (int v = 0; v < kVectors; ++v) {
-                    x_[i].v[v] += step.v[v] * p_[i].v[v];
-                    p_[i].v[v] = r_[i].v[v] + next.v[v] * p_[i].v[v];
+                    p_[i].v[v] = r + next.v[v] * p;
+                    rr->v[v] += r * r;
                 }
             }
         });
@@ -161,37 +160,38 @@ class Panel {
 
     /// f = x; returns |y - (I - alpha S) x|^2.
     Sums store(const Solve<T>& a, int64_t first, int width) {
-        return sum_over_blocks([&](int64_t begin, int64_t end) {
-            Row sum{};
+        return sum_over_blocks<Sums>([&](int64_t begin, int64_t end, Row* errors) {
             for (int64_t i = begin; i < end; ++i) {
-                if (i + kAhead < end) {  // y and f are in the graph's order: every row is a miss
-                    const int64_t ahead = static_cast<int64_t>(system_.order[i + kAhead]) * a.c + first;
-                    for (int c = 0; c < width; c += kLine) {
-                        __builtin_prefetch(a.y + ahead + c);
-                        __builtin_prefetch(a.f + ahead + c, 1);
-                    }
-                }
-                const Row sx = neighbours(x_, i), y = row_of(a.y, a, i, first, width);
+                prefetch_ahead<1>(a.f, i, end, a.c, first, width);
+                const Row sx = neighbours(x_, i), y = row_of_y(a, i, end, first, width);
                 for (int v = 0; v < kVectors; ++v) {
                     const Vector error = y.v[v] - x_[i].v[v] + sx.v[v];
-                    sum.v[v] += error * error;
+                    errors->v[v] += error * error;
                 }
                 __builtin_memcpy(a.f + static_cast<int64_t>(system_.order[i]) * a.c + first, &x_[i], width * sizeof(T));
             }
-            return sum;
         });
     }
 
     /// The panel's columns of place i in y (N, C), zeros beyond `width`.
-    Row row_of(const T* y, const Solve<T>& a, int64_t i, int64_t first, int width) const {
+    Row row_of_y(const Solve<T>& a, int64_t i, int64_t end, int64_t first, int width) const {
+        prefetch_ahead<0>(a.y, i, end, a.c, first, width);
         Row row{};
-        __builtin_memcpy(&row, y + static_cast<int64_t>(system_.order[i]) * a.c + first, width * sizeof(T));
+        __builtin_memcpy(&row, a.y + static_cast<int64_t>(system_.order[i]) * a.c + first, width * sizeof(T));
         return row;
+    }
+
+    /// y and f are in the graph's order: every row is a miss, unless it was asked for kAhead places before.
+    template <int kWrite>
+    void prefetch_ahead(const T* of, int64_t i, int64_t end, int64_t columns, int64_t first, int width) const {
+        if (i + kAhead >= end) return;
+        const T* row = of + static_cast<int64_t>(system_.order[i + kAhead]) * columns + first;
+        for (int c = 0; c < width; c += kLine) __builtin_prefetch(row + c, kWrite);
     }
 
     const System<T>& system_;
     Row *x_, *r_, *p_, *q_;
-    Sums* partial_;
+    std::byte* partial_;
 };
 
 }  // namespace

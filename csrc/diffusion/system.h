@@ -10,6 +10,8 @@
 namespace fastclust::diffusion::FASTCLUST_CAPABILITY {
 namespace {
 
+constexpr int64_t kAhead = 4;  // rows
+
 /// A place is a row's position in the solve.
 template <class T>
 struct System {
@@ -22,11 +24,17 @@ struct System {
     const int32_t* block;  // (blocks + 1) first places of blocks of about equal work; the sums are split along them
 };
 
+/// Rows are visited in an order that no hardware foresees: their entries are asked for a few rows ahead.
+template <class T>
+void prefetch_entries(const T* of, int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; e += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(of + e);
+}
+
 /// Rows in breadth-first order, begun anew every kPiece rows: the neighbours of a piece's rows are mostly its own, so the
 /// product finds them in the cache. `order` has room for N + 1.
 template <class T>
 void order_rows(const Graph<T>& graph, int32_t* order, uint8_t* placed) {
-    constexpr int64_t kPiece = 8192, kAhead = 4;
+    constexpr int64_t kPiece = 8192;
     for (int64_t row = 0; row < graph.n; ++row) placed[row] = 0;
     int64_t count = 0;
     for (int64_t seed = 0; seed < graph.n; ++seed) {
@@ -35,7 +43,10 @@ void order_rows(const Graph<T>& graph, int32_t* order, uint8_t* placed) {
         placed[seed] = 1;
         order[count++] = static_cast<int32_t>(seed);
         for (int64_t head = first; head < count && count - first < kPiece; ++head) {
-            if (head + kAhead < count) __builtin_prefetch(graph.col + graph.crow[order[head + kAhead]]);
+            if (head + kAhead < count) {
+                const int64_t ahead = order[head + kAhead];
+                prefetch_entries(graph.col, graph.crow[ahead], graph.crow[ahead + 1]);
+            }
             for (int64_t e = graph.crow[order[head]]; e < graph.crow[order[head] + 1]; ++e) {
                 const int64_t row = graph.col[e];
                 order[count] = static_cast<int32_t>(row);  // kept if new: no branch, which could not be foretold
@@ -74,6 +85,10 @@ Place<T>* place_rows(const Graph<T>& graph, const int32_t* order, const Context&
     parallel_for(0, graph.n, 256, [&](int64_t begin, int64_t end) {
         for (int64_t place = begin; place < end; ++place) {
             const int64_t row = order[place];
+            if (place + kAhead < graph.n) {
+                const int64_t ahead = order[place + kAhead];
+                prefetch_entries(graph.weights, graph.crow[ahead], graph.crow[ahead + 1]);
+            }
             double degree = 0;
             for (int64_t e = graph.crow[row]; e < graph.crow[row + 1]; ++e) degree += static_cast<double>(graph.weights[e]);
             places[row] = {static_cast<T>(degree > 0 ? 1 / __builtin_sqrt(degree) : 1), static_cast<int32_t>(place)};
@@ -98,9 +113,10 @@ System<T> build_system(const Graph<T>& graph, double alpha, const Context& conte
     parallel_for(0, system.blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t p = system.block[begin]; p < system.block[end]; ++p) {
             const int64_t row = order[p], from = graph.crow[row] - start[p];
-            if (p + 2 < n) {
-                __builtin_prefetch(graph.col + graph.crow[order[p + 2]]);
-                __builtin_prefetch(graph.weights + graph.crow[order[p + 2]]);
+            if (p + kAhead < n) {
+                const int64_t ahead = order[p + kAhead];
+                prefetch_entries(graph.col, graph.crow[ahead], graph.crow[ahead + 1]);
+                prefetch_entries(graph.weights, graph.crow[ahead], graph.crow[ahead + 1]);
             }
             const T own = static_cast<T>(alpha) * places[row].scale;
             for (int64_t e = start[p]; e < start[p + 1]; ++e) {
