@@ -93,8 +93,9 @@ class Builder {
     Builder(const Graph<T>& g, const Context& context) : g_(g), weights_(context.scratch<T>(g.n * g.k)) {
         while (g.n >> bucket_shift_ >= kMostBuckets) ++bucket_shift_;
         buckets_ = (g.n + bucket_rows() - 1) / bucket_rows();
-        part_rows_ = (g.n + kParts - 1) / kParts;
-        ends_ = context.scratch<int64_t>(kParts * buckets_);
+        part_rows_ = kPartEntries / (g.k + 1) + 1;
+        parts_ = (g.n + part_rows_ - 1) / part_rows_;
+        ends_ = context.scratch<int64_t>(parts_ * buckets_);
         regions_ = context.scratch<int64_t>(buckets_ + 1);
         placed_ = context.scratch<Placed>(both() ? g.n * g.k : 0);
         fill_buckets();
@@ -115,7 +116,7 @@ class Builder {
         Entry<T> entry;
     };
 
-    static constexpr int64_t kParts = 16;  // of W's rows; the result is the same on any number of threads
+    static constexpr int64_t kPartEntries = 16384;  // few enough to be met in a cache the second and the third time
     static constexpr int64_t kMostBuckets = 128;
 
     bool both() const { return g_.symmetrize != Symmetrize::none; }
@@ -124,10 +125,9 @@ class Builder {
 
     void fill_buckets() {
         std::atomic<bool> outside{false};
-        parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+        parallel_for(0, parts_, 1, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; ++p) {
-                const int64_t first = p * part_rows_ < g_.n ? p * part_rows_ : g_.n,
-                              last = first + part_rows_ < g_.n ? first + part_rows_ : g_.n;
+                const int64_t first = p * part_rows_, last = first + part_rows_ < g_.n ? first + part_rows_ : g_.n;
                 if (!weigh(first, last))
                     outside.store(true, std::memory_order_relaxed);
                 else
@@ -139,15 +139,16 @@ class Builder {
 
     /// Halved for their mean, so that the rest only adds up. False where an index is none.
     bool weigh(int64_t first, int64_t last) {
-        bool wrong = false;
-        for (int64_t i = first; i < last; ++i) {
-            raise(g_.similarities + i * g_.k, g_.k, g_.power, weights_ + i * g_.k);
-            for (int64_t e = i * g_.k; e < (i + 1) * g_.k; ++e) {
-                wrong |= static_cast<uint64_t>(g_.indices[e]) >= static_cast<uint64_t>(g_.n);
-                if (g_.symmetrize == Symmetrize::mean) weights_[e] /= 2;
-            }
+        const int64_t begin = first * g_.k, end = last * g_.k;
+        raise(g_.similarities + begin, end - begin, g_.power, weights_ + begin);
+        if (g_.symmetrize == Symmetrize::mean)
+            for (int64_t e = begin; e < end; ++e) weights_[e] /= 2;
+        uint64_t signs = 0;  // of j and of n - 1 - j: no branch, so that many are looked at together
+        for (int64_t e = begin; e < end; ++e) {
+            const auto j = static_cast<uint64_t>(g_.indices[e]);
+            signs |= j | (static_cast<uint64_t>(g_.n) - 1 - j);
         }
-        return !wrong;
+        return signs >> 63 == 0;
     }
 
     /// A part's entries by their buckets, where the part begins; ends_ tells where each bucket of it ends.
@@ -162,22 +163,27 @@ class Builder {
             at[b] = before;
             before += count;
         }
+        Placed* const placed = placed_;
+        const int64_t shift = bucket_shift_;
         for (int64_t i = first; i < last; ++i)
             for (int64_t e = i * g_.k; e < (i + 1) * g_.k; ++e) {
                 const int64_t j = g_.indices[e];
-                if (weights_[e] == T(0)) continue;
-                placed_[at[j >> bucket_shift_]++] = {static_cast<int32_t>(j), {static_cast<int32_t>(i), weights_[e]}};
+                const T weight = weights_[e];
+                if (weight == T(0)) continue;
+                placed[at[j >> shift]++] = {static_cast<int32_t>(j), {static_cast<int32_t>(i), weight}};
             }
+    }
+
+    /// Where a part's entries of the bucket begin.
+    int64_t begin_of(int64_t part, int64_t bucket) const {
+        return bucket > 0 ? ends_[part * buckets_ + bucket - 1] : part * part_rows_ * g_.k;
     }
 
     /// Calls visit(entry) for the bucket's entries, in the order of W's rows.
     template <class Visit>
     void for_each_placed(int64_t bucket, const Visit& visit) const {
-        for (int64_t p = 0; p < kParts && both(); ++p) {
-            const int64_t* ends = ends_ + p * buckets_;
-            const int64_t begin = bucket > 0 ? ends[bucket - 1] : p * part_rows_ * g_.k;
-            for (int64_t e = begin; e < ends[bucket]; ++e) visit(placed_[e]);
-        }
+        for (int64_t p = 0; p < parts_ && both(); ++p)
+            for (int64_t e = begin_of(p, bucket); e < ends_[p * buckets_ + bucket]; ++e) visit(placed_[e]);
     }
 
     /// Where each bucket's rows of the result are put together: there is room for W's and W^T's entries.
@@ -185,9 +191,7 @@ class Builder {
         regions_[0] = 0;
         for (int64_t b = 0; b < buckets_; ++b) {
             int64_t room = (first_of(b + 1) - first_of(b)) * g_.k;
-            for (int64_t p = 0; p < kParts && both(); ++p)
-                if (p * part_rows_ < g_.n)
-                    room += ends_[p * buckets_ + b] - (b > 0 ? ends_[p * buckets_ + b - 1] : p * part_rows_ * g_.k);
+            for (int64_t p = 0; p < parts_ && both(); ++p) room += ends_[p * buckets_ + b] - begin_of(p, b);
             regions_[b + 1] = regions_[b] + room;
         }
     }
@@ -245,7 +249,7 @@ class Builder {
 
     const Graph<T>& g_;
     T* weights_;  // (N, k), as the neighbours come
-    int64_t part_rows_, buckets_, bucket_shift_ = 6;
+    int64_t parts_, part_rows_, buckets_, bucket_shift_ = 6;
     int64_t *ends_, *regions_;  // (parts, buckets) of placed_, (buckets + 1) of united_
     Placed* placed_;
     Entry<T>* united_;
