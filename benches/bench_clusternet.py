@@ -38,7 +38,7 @@ def broadcast(log_p: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss", [none, fused, matrices, broadcast])
 @pytest.mark.parametrize(("b", "k"), [(128, 10), (1024, 10), (1024, 68)])
-def test_step(benchmark, full, b, k, loss):
+def test_step(benchmark, measure, full, b, k, loss):
     if b > 128 and not full:
         pytest.skip("--full only")
     torch.manual_seed(0)
@@ -57,4 +57,4 @@ def test_step(benchmark, full, b, k, loss):
         optimizer.step()
 
     benchmark.group = f"ClusterNet's step, {b} images of 16 x 16, {k} clusters"
-    benchmark.pedantic(step, rounds=5 if b > 128 else 20, warmup_rounds=1)
+    measure(step)

@@ -96,7 +96,7 @@ def scipy_per_class(s: csr_matrix, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", ["fastclust", "torch-block-cg", "scipy-per-class"])
-def test_diffusion(benchmark, graph, y, solver):
+def test_diffusion(benchmark, measure, graph, y, solver):
     benchmark.group = f"diffusion, {graph.shape[0]} nodes, {y.shape[1]} classes, {STEPS} steps"
     s = normalised(graph)  # the peers get it for nothing, and no check of their input
     s_torch = torch.sparse_csr_tensor(
@@ -111,12 +111,12 @@ def test_diffusion(benchmark, graph, y, solver):
     assert (solve() - expected).norm() <= 1e-4 * expected.norm()
     benchmark.name = solver
     benchmark.extra_info["multiply-adds"] = graph.values().numel() * y.shape[1] * STEPS
-    benchmark.pedantic(solve, rounds=5, warmup_rounds=0 if solver == "scipy-per-class" else 1)
+    measure(solve)
 
 
-def test_full_convergence(benchmark, graph, y):
+def test_full_convergence(benchmark, measure, graph, y):
     benchmark.group = f"diffusion, {graph.shape[0]} nodes, {y.shape[1]} classes, to 1e-6"
     benchmark.name = "fastclust"
-    result = benchmark.pedantic(lambda: fastclust.diffuse(graph, y, max_iter=300), rounds=5, warmup_rounds=1)
+    result = measure(lambda: fastclust.diffuse(graph, y, max_iter=300))
     assert result.residual.max() < 1e-5
     benchmark.extra_info["multiply-adds"] = graph.values().numel() * int(result.n_iter.sum())

@@ -52,7 +52,7 @@ def theirs(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("who", ["fastclust", "faiss + SciPy"])
-def test_epoch(benchmark, full, who):
+def test_epoch(benchmark, measure, full, who):
     n, d = (50_000, 128) if full else (3_000, 64)
     x = unit_rows("features", n, d)
     labels = torch.full((n,), -1)
@@ -65,4 +65,4 @@ def test_epoch(benchmark, full, who):
         agree = ours(x, labels)[1][free] == theirs(x, labels)[1][free]
         assert agree.double().mean() > 0.999
     run = ours if who == "fastclust" else theirs
-    benchmark.pedantic(run, (x, labels), rounds=5 if full else 1, warmup_rounds=who == "fastclust")
+    measure(run, x, labels)

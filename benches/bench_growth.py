@@ -43,18 +43,18 @@ def test_knn_rows(benchmark, n):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_kmeans_threads(benchmark, threads, count):
+def test_kmeans_threads(benchmark, measure, threads, count):
     threads(count)
     x = unit_blobs(200_000, 128, 50)
     benchmark.group = f"threads: k-means 200000 x 128, K = 100, 10 iterations, {count}"
     benchmark.name = "fastclust"
-    benchmark.pedantic(lambda: fastclust.kmeans(x, 100, init=x[:100], max_iter=10), rounds=3, warmup_rounds=1)
+    measure(lambda: fastclust.kmeans(x, 100, init=x[:100], max_iter=10))
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_knn_threads(benchmark, threads, count):
+def test_knn_threads(benchmark, measure, threads, count):
     threads(count)
     x = unit_rows("features", 50_000, 128)
     benchmark.group = f"threads: kNN 50000 x 128, k = 50, {count}"
     benchmark.name = "fastclust"
-    benchmark.pedantic(lambda: fastclust.knn(x, 50), rounds=3, warmup_rounds=1)
+    measure(lambda: fastclust.knn(x, 50))

@@ -80,7 +80,7 @@ def problem(n: int, d: int, k: int, max_iter: int) -> tuple[torch.Tensor, float,
 
 @pytest.mark.parametrize("size", range(len(FULL)))
 @pytest.mark.parametrize("who", RUNNERS)
-def test_lloyd(benchmark, full, who, size):
+def test_lloyd(benchmark, measure, full, who, size):
     sizes = FULL if full else QUICK
     if size >= len(sizes):
         pytest.skip("--full only")
@@ -89,13 +89,12 @@ def test_lloyd(benchmark, full, who, size):
     benchmark.group = f"k-means {n} x {d}, K = {k}, {n_iter} iterations"
     benchmark.name = who
     benchmark.extra_info["multiply-adds"] = n * k * d * n_iter
-    rounds = 1 if not full else 5 if n * k < 10**8 or who == "fastclust" else 3
-    got, _ = benchmark.pedantic(RUNNERS[who], (x, k, n_iter), rounds=rounds, warmup_rounds=who == "fastclust")
+    got, _ = measure(RUNNERS[who], x, k, n_iter)
     assert got == pytest.approx(inertia, rel=TOLERANCES.get(who, 1e-5))
 
 
 @pytest.mark.parametrize("who", ["fastclust", "scikit-learn"])
-def test_many_small_problems(benchmark, full, who):
+def test_many_small_problems(benchmark, measure, full, who):
     B, N, D, K = (64, 2000, 64, 20) if full else (8, 500, 16, 5)
     benchmark.group = f"k-means, {B} problems of {N} x {D}, K = {K}"
     x = torch.stack([unit_blobs(N, D, K, seed=problem) for problem in range(B)])
@@ -107,12 +106,12 @@ def test_many_small_problems(benchmark, full, who):
         return sum(run_scikit_learn(problem, K, 100)[0] for problem in x)
 
     benchmark.name = who
-    total = benchmark.pedantic(ours if who == "fastclust" else loop, rounds=5 if full else 1)
+    total = measure(ours if who == "fastclust" else loop)
     assert total == pytest.approx(loop(), rel=1e-5)
 
 
 @pytest.mark.parametrize("who", ["fastclust", "scikit-learn"])
-def test_seeding(benchmark, full, who):
+def test_seeding(benchmark, measure, full, who):
     """k-means++ alone: one iteration after it, in both."""
     n, d, k = (50_000, 128, 100) if full else (5000, 32, 20)
     x = unit_blobs(n, d, 50)
@@ -125,5 +124,5 @@ def test_seeding(benchmark, full, who):
         return float(KMeans(k, n_init=1, max_iter=1, random_state=0).fit(x.numpy()).inertia_)
 
     benchmark.name = who
-    inertia = benchmark.pedantic(ours if who == "fastclust" else theirs, rounds=5 if full else 1)
+    inertia = measure(ours if who == "fastclust" else theirs)
     assert inertia == pytest.approx(theirs(), rel=0.1)

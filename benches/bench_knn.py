@@ -55,7 +55,7 @@ def sizes(full: bool) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("kind", ["features", "noise"])
 @pytest.mark.parametrize("size", range(len(FULL)))
-def test_knn(benchmark, sizes, size, kind, runner):
+def test_knn(benchmark, measure, sizes, size, kind, runner):
     if size >= len(sizes):
         pytest.skip("--full")
     n, d, k = sizes[size]
@@ -65,4 +65,4 @@ def test_knn(benchmark, sizes, size, kind, runner):
     benchmark.group = f"kNN {n} x {d}, k = {k}, {kind}"
     benchmark.name = runner
     benchmark.extra_info["multiply-adds"] = n * n * d
-    benchmark.pedantic(RUNNERS[runner], args=(x, k), rounds=5, warmup_rounds=runner != "faiss")
+    measure(RUNNERS[runner], x, k)

@@ -29,7 +29,7 @@ def ours(log_p: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", [ours, eager])
 @pytest.mark.parametrize("spread", [1, 3])
 @pytest.mark.parametrize(("b", "k"), [(1024, 10), (1024, 100), (4096, 100)])
-def test_pairwise_kl(benchmark, full, b, k, spread, loss):
+def test_pairwise_kl(benchmark, measure, full, b, k, spread, loss):
     if b > 1024 and not full:
         pytest.skip("--full only")
     generator = torch.Generator().manual_seed(0)
@@ -43,4 +43,4 @@ def test_pairwise_kl(benchmark, full, b, k, spread, loss):
     benchmark.group = f"pairwise KL, B {b}, K {k}, spread {spread}"
     benchmark.name = {"ours": "fastclust", "eager": "eager torch"}[loss.__name__]
     benchmark.extra_info["multiply-adds"] = 3 * b * b * k
-    benchmark.pedantic(step, rounds=5 if b > 1024 else 20, warmup_rounds=1)
+    measure(step)
