@@ -168,7 +168,7 @@ def main() -> None:
         "",
         "The commands are in `benches/cpu_figures.py`, which wrote this file. Peers and ours in one run on the same",
         "data and, where the peer takes one, the same start; answers are compared before timing. Times are medians",
-        "of at least five calls, short ones for two seconds; growth with fewer. A ratio is the peer's median over ours.",
+        "of at least five calls, short ones for two seconds (growth: fewer). A ratio is the peer's median over ours.",
         "Multiply-adds are those of the plain algorithm: above 1, the kernels do less than that, or in 8 bits.",
         "",
         *peers_table(groups, products),
