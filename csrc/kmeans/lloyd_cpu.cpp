@@ -34,7 +34,6 @@ class Solver {
           sums_(a.n, a.k, a.d, pieces, context),
           shifts_(context.scratch<double>(a.k)),
           moves_(context.scratch<T>(a.k)),
-          losses_(context.scratch<T>(a.k)),
           moved_(context.scratch<int64_t>(a.k)),
           far_(context.scratch<int64_t>(a.k)),
           sorted_moves_(context.scratch<T>(a.k)),
@@ -217,7 +216,7 @@ class Solver {
     }
 
     void lower_bounds_of(int64_t first, int64_t count, int32_t* needs) {
-        const Travel<T> travel{moves_, losses_, near_move_, few_moved_};
+        const Travel<T> travel{moves_, farthest_, most_, second_most_, near_move_, few_moved_};
         const Nearest<T> rows = kept(first, true);
         const auto score_after = [&](int64_t i, T score, T move) { return search_.score_after(first + i, score, move); };
         if (near_move_ < unknown())
@@ -303,22 +302,19 @@ class Solver {
             leads_[rows[i]] = leads[i], rivals_[0][rows[i]] = rivals[0][i], rivals_[1][rows[i]] = rivals[1][i];
     }
 
-    /// How far the centroids moved, squared; with it, what each cluster's rows lose of their gaps.
+    /// How far the centroids moved, squared; with it, how far each of them did.
     double total_shift() {
-        double shift = 0, farthest = 0, second = 0;
-        int64_t mover = 0;
+        double shift = 0;
         moved_count_ = 0;
+        most_ = second_most_ = 0;
         for (int64_t k = 0; k < a_.k; ++k) {
             shift += shifts_[k];
             if (shifts_[k] > 0) moved_[moved_count_++] = k;
-            if (shifts_[k] > farthest)
-                second = farthest, farthest = shifts_[k], mover = k;
-            else if (shifts_[k] > second)
-                second = shifts_[k];
-        }
-        for (int64_t k = 0; k < a_.k; ++k) {
             moves_[k] = kMore<T> * static_cast<T>(__builtin_sqrt(shifts_[k]));
-            losses_[k] = moves_[k] + kMore<T> * static_cast<T>(__builtin_sqrt(k == mover ? second : farthest));
+            if (moves_[k] > most_)
+                second_most_ = most_, most_ = moves_[k], farthest_ = static_cast<int32_t>(k);
+            else if (moves_[k] > second_most_)
+                second_most_ = moves_[k];
         }
         return shift;
     }
@@ -336,12 +332,16 @@ class Solver {
 
     void list_changes() {
         change_count_ = 0;
+        int32_t differs[kSpanRows];
+        RowList changed;
         for (int64_t span = 0; span < span_count(a_.n); ++span) {
             if (changed_[span] == 0) continue;
-            const int64_t end = span_end(span, a_.n);
-            for (int64_t i = span * kSpanRows; i < end; ++i) {
-                changes_[change_count_] = {search_.row(i), previous_[i], nearest_[i]};
-                change_count_ += previous_[i] != nearest_[i];
+            const int64_t first = span * kSpanRows, count = span_end(span, a_.n) - first;
+            for (int64_t i = 0; i < count; ++i) differs[i] = previous_[first + i] != nearest_[first + i];
+            changed.list(differs, 1, first, count);
+            for (int64_t c = 0; c < changed.count; ++c) {
+                const int64_t i = changed.rows[c];
+                changes_[change_count_++] = {search_.row(i), previous_[i], nearest_[i]};
             }
         }
         if (search_.arranged())
@@ -435,7 +435,6 @@ class Solver {
     ClusterSums<T> sums_;
     double* shifts_;  // (K)
     T* moves_;        // (K) how far the centroids moved last, at most
-    T* losses_;       // (K) what a row's gap loses by that
     int64_t* moved_;  // (moved_count_) the centroids that the last update moved
     // What is kept of each row stands by its position (Search::row).
     int64_t* far_;              // (far_count_) those that it moved far
@@ -459,7 +458,9 @@ class Solver {
     int64_t* labels_ = nullptr;
     double limit_ = 0;
     int64_t passes_ = 0, moved_count_ = 0, far_count_ = 0, change_count_ = 0;
-    T near_move_ = 0;  // how far the others moved, at most; unknown() where none is searched by itself
+    int32_t farthest_ = 0;               // the centroid that moved farthest
+    T most_ = 0, second_most_ = 0;       // how far it moved, at most, and all others
+    T near_move_ = 0;                    // how far all but the far movers moved; unknown() where none is searched by itself
     bool few_moved_ = false, with_rivals_ = false;
 };
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "common/context.h"
+#include "common/intrinsics.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/products.h"
@@ -97,6 +98,12 @@ typedef double EightDoubles __attribute__((vector_size(8 * sizeof(double))));
 /// Eight values from v on. By reference: handed over, such vectors would warn where the CPU has none so wide.
 template <class T>
 inline void widen(const T* v, EightDoubles& wide) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) {  // g++ 12 would convert halves and join them
+        wide = EightDoubles(_mm512_cvtps_pd(_mm256_loadu_ps(v)));
+        return;
+    }
+#endif
     typedef T Values __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
     wide = __builtin_convertvector(*reinterpret_cast<const Values*>(v), EightDoubles);
 }

@@ -10,10 +10,11 @@ namespace fastclust::kmeans::FASTCLUST_CAPABILITY {
 /// How far the centroids moved. Infinity stands for what is not known.
 template <class T>
 struct Travel {
-    const T* moves;   // (K) each, at most
-    const T* losses;  // (K) what the gaps of its rows lose: its own move and the farthest of any other
-    T near;           // of all but the far movers, at most; infinite where none is searched by itself
-    bool few;         // of them moved at all
+    const T* moves;       // (K) each, at most
+    int32_t farthest;     // the one that moved farthest
+    T most, second_most;  // how far it moved, at most, and all others
+    T near;               // of all but the far movers, at most; infinite where none is searched by itself
+    bool few;             // of them moved at all
 };
 
 /// What a row's label is to be looked for among; nothing where it stands.
@@ -31,7 +32,9 @@ inline void lower_bounds(const Travel<T>& travel, const Nearest<T>& rows, int64_
                          int32_t* needs) {
     constexpr T kUnknown = static_cast<T>(__builtin_inf());
     T move[kSpanRows], loss[kSpanRows], rivals_move[kSpanRows];
-    for (int64_t i = 0; i < count; ++i) move[i] = travel.moves[rows.labels[i]], loss[i] = travel.losses[rows.labels[i]];
+    for (int64_t i = 0; i < count; ++i) move[i] = travel.moves[rows.labels[i]];
+    for (int64_t i = 0; i < count; ++i)
+        loss[i] = move[i] + (rows.labels[i] == travel.farthest ? travel.second_most : travel.most);
     for (int64_t i = 0; kWithRivals && i < count; ++i) {
         const T one = travel.moves[rows.rivals[0][i]], other = travel.moves[rows.rivals[1][i]];
         rivals_move[i] = one > other ? one : other;
@@ -60,7 +63,7 @@ inline void lower_bounds(const Travel<T>& travel, const Nearest<T>& rows, int64_
 }
 
 /// The rows first + i for which needs[i] holds `need`, ascending; how many. `rows` has room for eight more than it may list.
-inline int64_t list_rows(const int32_t* needs, Need need, int64_t first, int64_t count, int64_t* rows) {
+inline int64_t list_rows(const int32_t* needs, int32_t need, int64_t first, int64_t count, int64_t* rows) {
     int64_t listed = 0, i = 0;
 #if defined(__AVX512F__)
     const __m512i steps = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
@@ -85,7 +88,7 @@ inline int64_t list_rows(const int32_t* needs, Need need, int64_t first, int64_t
 struct RowList {
     int64_t rows[kSpanRows + 8], count = 0;
 
-    void list(const int32_t* needs, Need need, int64_t first, int64_t size) {
+    void list(const int32_t* needs, int32_t need, int64_t first, int64_t size) {
         count = list_rows(needs, need, first, size, rows);
     }
 };
