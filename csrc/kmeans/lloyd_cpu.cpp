@@ -82,13 +82,13 @@ class Solver {
             const int64_t changed = assign(true);
             if (changed == 0 && fresh) return iteration;
             fresh = sizeof(T) == sizeof(double) || iteration == a_.max_iter || 2 * changed > a_.n || changed == 0;
-            add_up(fresh);
+            add_up(2 * changed > a_.n, fresh);
             update();
             if (changed != 0) reseed_empty();
             const double shift = total_shift();
             if (changed == 0 && shift == 0) return iteration;
             if (shift <= limit_) {
-                if (!fresh) add_up(true), update();
+                if (!fresh) add_up(true, true), update();
                 assign(false);
                 return iteration;
             }
@@ -319,15 +319,15 @@ class Solver {
         return shift;
     }
 
-    /// Sums of all rows, or moved by the rows that changed; in the rows' own order.
-    void add_up(bool fresh) {
-        if (fresh) {
-            tell_labels();
-            sums_.add_up(labels_);
-        } else {
-            list_changes();
-            sums_.move({changes_, changes_ + change_count_});
-        }
+    /// Sums of all rows, or moved by the rows that changed; in the rows' own order. Where they are to lead to the centroids of
+    /// fresh ones, spherical ones are fresh.
+    void add_up(bool all, bool fresh) {
+        all |= fresh && (sizeof(T) == sizeof(double) || a_.spherical);
+        if (all || fresh) tell_labels();
+        if (all) return sums_.add_up(labels_);
+        list_changes();
+        sums_.move({changes_, changes_ + change_count_});
+        if (fresh) sums_.refresh(labels_, search_.largest_value());
     }
 
     void list_changes() {
@@ -458,9 +458,9 @@ class Solver {
     int64_t* labels_ = nullptr;
     double limit_ = 0;
     int64_t passes_ = 0, moved_count_ = 0, far_count_ = 0, change_count_ = 0;
-    int32_t farthest_ = 0;               // the centroid that moved farthest
-    T most_ = 0, second_most_ = 0;       // how far it moved, at most, and all others
-    T near_move_ = 0;                    // how far all but the far movers moved; unknown() where none is searched by itself
+    int32_t farthest_ = 0;          // the centroid that moved farthest
+    T most_ = 0, second_most_ = 0;  // how far it moved, at most, and all others
+    T near_move_ = 0;               // how far all but the far movers moved; unknown() where none is searched by itself
     bool few_moved_ = false, with_rivals_ = false;
 };
 

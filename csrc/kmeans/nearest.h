@@ -78,15 +78,19 @@ template <class T>
 inline void mean_of_rows(int pieces, const T* x, int64_t n, int64_t d, double* sums, T* mean) {
     for_feature_slices<T>(pieces, d, [&](int64_t begin, int64_t end) {
         constexpr int64_t kAtOnce = 8;  // rows: a sum then stays in its register for as many additions
+        constexpr int64_t kAhead = 4 * kAtOnce, kLine = 64 / sizeof(T);
         for (int64_t j = begin; j < end; ++j) sums[j] = 0;
         int64_t row = 0;
-        for (; row + kAtOnce <= n; row += kAtOnce)
+        for (; row + kAtOnce <= n; row += kAtOnce) {
+            for (int64_t r = row + kAhead; r < row + kAhead + kAtOnce && r < n; ++r)
+                for (int64_t j = begin; j < end; j += kLine) __builtin_prefetch(x + r * d + j);
             for (int64_t j = begin; j < end; ++j) {
                 double sum = sums[j];
 #pragma GCC unroll 8
                 for (int64_t r = 0; r < kAtOnce; ++r) sum += static_cast<double>(x[(row + r) * d + j]);
                 sums[j] = sum;
             }
+        }
         for (; row < n; ++row)
             for (int64_t j = begin; j < end; ++j) sums[j] += static_cast<double>(x[row * d + j]);
         for (int64_t j = begin; j < end; ++j) mean[j] = static_cast<T>(sums[j] / static_cast<double>(n));

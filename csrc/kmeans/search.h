@@ -99,6 +99,18 @@ class Search {
 
     const T* mean() const { return mean_; }
 
+    /// At least the magnitude of any feature of a row; infinite where it is not known.
+    double largest_value() const {
+        if constexpr (kCertifies<T>)
+            if (can_certify_) {
+                const float scale = *std::max_element(rows_->how.scales, rows_->how.scales + n_);
+                float shift = 0;
+                for (int64_t j = 0; j < centres_.d; ++j) shift = std::max(shift, std::abs(mean_[j]));
+                return 1.001 * (127.0 * scale + shift);
+            }
+        return __builtin_inf();
+    }
+
     /// Whether assign() tells rivals and leads; else gaps are those of all other centroids.
     bool keeps_rivals() const { return certify_ && centres_.k >= kLeastForRivals; }
 
