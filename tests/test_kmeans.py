@@ -250,7 +250,7 @@ def test_every_move_counts_in_what_is_left_out(device, problem):
 
 
 def test_drift_of_moved_sums_shows_in_no_centroid():
-    """Features whose mean is 0 but for rounding: a bit of drift, in sums that rows came to and left, would be all of it."""
+    """Features whose mean is 0 but for rounding: drift of sums that rows came to and left would be all of it."""
     n, k = 2000, 8
     generator = torch.Generator().manual_seed(0)
     decide = blobs(n // 2, 8, spread=1.5, dtype=torch.float32)
